@@ -1,0 +1,1 @@
+"""The contracts: what analyzers, engine and model say to each other. Runs nothing."""

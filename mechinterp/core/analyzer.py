@@ -1,0 +1,205 @@
+"""The contract between analyzers and the engine.
+
+An `Analyzer` says what it needs before anything runs (`Needs`), sees it batch by batch (`Batch`),
+returns parts (`Part`), and combines them into a `Result` or into the analyzer of a second round.
+Neither side imports the other: all that they share is in this file.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from mechinterp.core.examples import Examples, TokenBatch, Tokens
+from mechinterp.core.interventions import Intervention
+from mechinterp.core.metrics import Metric
+from mechinterp.core.result import Part, Result
+from mechinterp.core.trace import Read, Run, Trace
+from mechinterp.errors import NeedsError
+from mechinterp.shapes import Scores
+from mechinterp.sites import Position, Site, Sites, resolve
+
+if TYPE_CHECKING:  # core never imports model; an analyzer is handed one
+    from mechinterp.model.model import Model
+else:
+    Model = Any
+
+Wanted: TypeAlias = Site | Sites | str | Read | Iterable[Site | Sites | str | Read]
+Writes: TypeAlias = Callable[[Site], Intervention]
+
+
+@dataclass(frozen=True)
+class Grad:
+    """The gradient of the summed metric at sites, in one run. One backward per distinct metric."""
+
+    sites: Site | Sites | str | tuple[Site | Sites | str, ...]
+    metric: Metric
+    of: Run = "clean"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An edited input: the tokens at `positions` replaced by `tokens`, or deleted when it is None."""
+
+    positions: tuple[int, ...]
+    tokens: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.positions or (self.tokens is not None and len(self.tokens) != len(self.positions)):
+            raise NeedsError(f"an Edit must name positions and as many tokens, or None. Got {self}")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of counterfactuals: one edited run for every row of sites × positions × heads.
+
+    Each row starts from run `base` (with `given` in force) and writes at one site: the value of run
+    `source` there (activation patching), or whatever `write` makes of the site. With `edits`, rows
+    are edited inputs instead, and `sites`, `positions` and `heads` stay empty.
+
+    Attributes:
+        metric: what scores a row; None when only `reads` are wanted.
+        sites: the grid's ``layer`` axis (or ``site``, when the kinds differ).
+        positions: ``"each"`` for an axis over every token, a tuple for an axis over these positions,
+            or one position (or None for all at once) without an axis.
+        heads: ``"each"`` for an axis over every head of the site, a tuple of heads for an axis over
+            these, or None for all heads at once.
+        write: makes the intervention at a row's site; `mechinterp.Zero` is one such function.
+        window: layers written together, ``[layer - window // 2, layer + window - window // 2)``.
+        given: interventions in force in every row and in the base run itself.
+        edits: for every example (in the order of the whole set) its edited inputs; the ``edit`` axis.
+        reads: sites wanted from every row (all on the edited run).
+    """
+
+    metric: Metric | None = None
+    sites: Site | Sites | str | tuple[Site | Sites | str, ...] = ()
+    positions: str | int | tuple[Position, ...] | None = None
+    heads: str | tuple[int, ...] | None = None
+    write: Writes | None = None
+    source: Run = "clean"
+    base: Run = "corrupted"
+    window: int = 1
+    given: tuple[Intervention, ...] = ()
+    edits: tuple[tuple[Edit, ...], ...] = ()
+    reads: tuple[Site, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.sites) == bool(self.edits):
+            raise NeedsError("a Sweep must have either sites or edits. Got both or neither")
+        if self.metric is None and not self.reads:
+            raise NeedsError("a Sweep must have a metric or reads, or its rows leave nothing behind")
+
+    @property
+    def patches(self) -> bool:
+        """Whether rows write values of the source run."""
+        return not self.edits and self.write is None
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep gave for one batch.
+
+    Attributes:
+        values: metric of every row, ``example *axes``; NaN where an example has no such row.
+        axes: names of the grid's axes, without ``example``.
+        base: metric of the base run, ``example``.
+        source: metric of the source run, ``example`` (None unless the sweep patches).
+        reads: site → ``example *axes`` followed by the site's axes.
+        coords: what the entries of each axis are (layers, heads, positions).
+    """
+
+    values: Tensor | None
+    axes: tuple[str, ...]
+    base: Scores | None
+    source: Scores | None
+    reads: Mapping[Site, Tensor]
+    coords: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Own:
+    """Examples of the analyzer's own, and what to read from them. Equal ones share a pass."""
+
+    examples: Examples
+    reads: Wanted
+
+
+@dataclass(frozen=True)
+class Needs:
+    """All that an analyzer will be given. What is not here cannot be read.
+
+    Attributes:
+        reads: sites of the clean run; a `Read` names another run, or reduces inside the pass.
+        grads: name → gradients of a metric at sites.
+        sweeps: name → grid of counterfactuals.
+        on: name → the analyzer's own examples.
+    """
+
+    reads: Wanted = ()
+    grads: Mapping[str, Grad] = field(default_factory=dict)
+    sweeps: Mapping[str, Sweep] = field(default_factory=dict)
+    on: Mapping[str, Own] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one analyzer sees of one batch: what it declared, and nothing else."""
+
+    examples: TokenBatch
+    """Tokens, mask, labels, answers and named positions of just these rows."""
+    model: Model
+    """Weights, tokenizer, dims. Running it from here is not shared; declare needs instead."""
+    clean: Trace
+    corrupted: Trace
+    own: Mapping[str, Trace]
+    grads: Mapping[str, Trace]
+    sweeps: Mapping[str, Swept]
+    rerun: Callable[[Sweep], Swept]
+    """Run a sweep that depends on what was just read, on this batch, at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What `combine` sees beside the parts."""
+
+    model: Model
+    tokens: Tokens
+    """All examples, in order, as token ids."""
+    own: Mapping[str, Trace]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Analyzer:
+    """One analysis: subclass it as a frozen dataclass whose fields are its options.
+
+    The engine calls `needs` once, `observe` once a batch, and `combine` once. `merge(a, b)` is
+    optional: defined, it folds parts as they come, so that memory stays flat.
+    """
+
+    def needs(self, model: Model) -> Needs:
+        """What must be read. Pure: nothing has run. Empty for an analysis of weights alone."""
+        return Needs()
+
+    def observe(self, batch: Batch) -> Part | None:
+        """What one batch contributes. Only called when something was declared."""
+        return None
+
+    def combine(self, parts: Iterator[Part], context: Context) -> "Result | Analyzer":
+        """The result from all parts, in batch order, or the analyzer of the next round."""
+        return Result.of(parts)
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+
+def as_reads(wanted: Wanted, n_layers: int) -> tuple[Read, ...]:
+    """Whatever `Needs.reads` may hold, as single reads without repeats."""
+    many = (wanted,) if isinstance(wanted, Site | Sites | str | Read) else tuple(wanted)
+    out: list[Read] = []
+    for one in many:
+        out += [one] if isinstance(one, Read) else [Read(site) for site in resolve(one, n_layers)]
+    return tuple(dict.fromkeys(out))
+

@@ -1,0 +1,157 @@
+"""Metrics: what scores a run, one number an example.
+
+A metric says at which positions it needs logits, and of which vocabulary rows, so that nothing else
+is computed. Higher is always the behaviour under study, except for `kl` and `loss`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.core.examples import TokenBatch
+from mechinterp.errors import ExamplesError
+from mechinterp.shapes import Scores
+
+Rows: TypeAlias = Int[Tensor, "rows"] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number an example from the logits at `positions`. Subclass it, or use the functions below."""
+
+    positions: int | str | None = "end"
+    """Where logits are needed; None is every position."""
+
+    compares: ClassVar[bool] = False
+    """True when `score` needs the logits of the unedited clean run as `reference`."""
+
+    def rows(self, batch: TokenBatch) -> Rows:
+        """Vocabulary ids whose logits are needed, or None for all of them."""
+        return None
+
+    def score(
+        self,
+        logits: Float[Tensor, "example *chosen rows"],
+        batch: TokenBatch,
+        rows: Rows,
+        reference: Float[Tensor, "example *chosen rows"] | None,
+    ) -> Scores:
+        """One number an example.
+
+        Args:
+            logits: at `positions`; its last axis follows `rows`.
+            reference: the clean run's logits, where the metric compares.
+        """
+        raise TypeError(f"{type(self).__name__} must define score(logits, batch, rows, reference)")
+
+
+@dataclass(frozen=True)
+class LogitDiff(Metric):
+    """Mean logit of the right answers minus mean logit of the wrong ones."""
+
+    def rows(self, batch: TokenBatch) -> Rows:
+        return torch.cat([batch.side(0).flatten(), batch.side(1).flatten()]).unique()
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        return _mean_logit(logits, batch, 0, rows) - _mean_logit(logits, batch, 1, rows)
+
+
+@dataclass(frozen=True)
+class AnswerLogit(Metric):
+    """Mean logit of the right answers."""
+
+    def rows(self, batch: TokenBatch) -> Rows:
+        return batch.side(0).unique()
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        return _mean_logit(logits, batch, 0, rows)
+
+
+@dataclass(frozen=True)
+class AnswerProb(Metric):
+    """Total probability of the right answers; needs the whole vocabulary for its normalisation."""
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        probs = logits.float().softmax(-1).gather(1, batch.side(0))
+        return torch.stack([p[: len(s[0])].sum() for p, s in zip(probs, batch.answers or (), strict=True)])
+
+
+@dataclass(frozen=True)
+class KL(Metric):
+    """KL(clean run ‖ this run), in nats, at one position."""
+
+    compares: ClassVar[bool] = True
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        if reference is None:
+            raise ExamplesError("kl() compares with a clean run, and none was given; use it in a sweep")
+        p, q = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Loss(Metric):
+    """Mean cross-entropy of each next token, in nats, over the real tokens of the example."""
+
+    positions: int | str | None = None
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        if int(batch.lengths.min()) < 2:
+            raise ExamplesError("loss() needs at least two tokens in every example; give longer texts")
+        real = batch.mask[:, 1:] & batch.mask[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none")
+        return torch.where(real, losses, 0.0).sum(1) / real.sum(1)
+
+
+@dataclass(frozen=True)
+class Function(Metric):
+    """A callable on the full-vocabulary logits at the last token, ``example vocab`` -> ``example``."""
+
+    fn: Callable[[Tensor], Tensor] | None = None
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        assert self.fn is not None
+        return self.fn(logits)
+
+
+def logit_diff(positions: int | str = "end") -> LogitDiff:
+    """Logit of the right answer minus the wrong one; answer sets are averaged. Examples need pairs of answers."""
+    return LogitDiff(positions)
+
+
+def answer_logit(positions: int | str = "end") -> AnswerLogit:
+    """Logit of the right answer."""
+    return AnswerLogit(positions)
+
+
+def answer_prob(positions: int | str = "end") -> AnswerProb:
+    """Probability of the right answer; summed over an answer set."""
+    return AnswerProb(positions)
+
+
+def kl(positions: int | str = "end") -> KL:
+    """KL divergence from the clean run's next-token distribution, in nats."""
+    return KL(positions)
+
+
+def loss() -> Loss:
+    """Mean next-token cross-entropy over the example, in nats."""
+    return Loss()
+
+
+def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
+    """The metric itself, or a `Function` around a callable on logits."""
+    return metric if isinstance(metric, Metric) else Function(fn=metric)
+
+
+def _mean_logit(logits: Tensor, batch: TokenBatch, side: int, rows: Rows) -> Scores:
+    ids = batch.side(side)
+    at = ids if rows is None else torch.searchsorted(rows, ids)
+    values = logits.gather(1, at)
+    sizes = torch.tensor([len(sides[side]) for sides in batch.answers or ()], device=logits.device)
+    real = torch.arange(ids.shape[1], device=logits.device) < sizes[:, None]
+    return torch.where(real, values, 0.0).sum(1) / sizes

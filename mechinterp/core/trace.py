@@ -1,0 +1,126 @@
+"""Trace: what was read in one pass. Read and Reduce: what to read."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.examples import TokenBatch
+from mechinterp.errors import NeedsError
+from mechinterp.shapes import PatternBlock
+from mechinterp.sites import KINDS, Site, Sites
+
+Run: TypeAlias = Literal["clean", "corrupted"]
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """A function applied inside the pass, so that a whole pattern never exists.
+
+    Attributes:
+        fn: called as ``fn(block, queries, batch)``, where ``block`` holds the attention probabilities
+            (or scores) of one layer for some queries, ``example head query key`` with all keys,
+            ``queries`` is the slice of query columns it covers, and ``batch`` the `TokenBatch`.
+        axes: axes of what it returns, such as ``"example head query"``. Blocks are joined along
+            ``query`` where it is among them, and added up otherwise.
+
+    A module-level function makes equal reduces equal, and so shared between analyzers.
+    """
+
+    fn: Callable[[PatternBlock, slice, TokenBatch], Tensor]
+    axes: str
+
+    def join(self, blocks: list[Tensor]) -> Tensor:
+        """The blocks of one layer as one tensor."""
+        axes = self.axes.split()
+        if "query" in axes:
+            return torch.cat(blocks, axes.index("query"))
+        total = blocks[0]
+        for block in blocks[1:]:
+            total = total + block
+        return total
+
+
+@dataclass(frozen=True)
+class Read:
+    """One read: a site, of which run of a pair, and optionally reduced inside the pass."""
+
+    site: Site
+    of: Run = "clean"
+    reduce: Reduce | None = None
+
+
+class Trace(Mapping[Site, Tensor]):
+    """What was read in one pass: ``trace[site]`` is a tensor with the site's axes.
+
+    Immutable. A site is found by its exact name, or without positions and heads where that is
+    unambiguous; site strings and TransformerLens names work too. Each tensor belongs to the trace:
+    changing one in place never changes the model, and inside `observe` it is refused.
+    """
+
+    def __init__(self, tensors: Mapping[Read, Tensor], batch: TokenBatch, owner: str = "this trace") -> None:
+        self._tensors = dict(tensors)
+        self._owner = owner
+        self.batch = batch
+        """The examples that were run: ids, mask, lengths."""
+
+    def __getitem__(self, key: "Site | Sites | Read | str") -> Tensor:
+        """The tensor at one site; for `Sites`, stacked with a layer axis in front.
+
+        Raises:
+            NeedsError: the site was not read, or the name fits several reads.
+        """
+        if isinstance(key, Sites):
+            return self.stack(key.kind, key)
+        if isinstance(key, Read):
+            found = [r for r in self._tensors if r == key]
+        else:
+            site = Site.parse(key) if isinstance(key, str) else key
+            found = [r for r in self._tensors if r.site == site] or [
+                r
+                for r in self._tensors
+                if (r.site.kind, r.site.layer) == (site.kind, site.layer)
+                and site.positions in (None, r.site.positions)
+                and site.heads in (None, r.site.heads)
+                and site.per_query_head == r.site.per_query_head
+            ]
+        if len(found) == 1:
+            return self._tensors[found[0]]
+        have = ", ".join(dict.fromkeys(str(r.site) for r in self._tensors)) or "nothing"
+        if found:
+            raise NeedsError(f"{key} was read {len(found)} times here; ask for the exact site or Read: {have}")
+        raise NeedsError(f"{key} was not read for {self._owner}, which has {have}; declare it in needs() or reads")
+
+    def stack(self, kind: str, of: Sites | None = None) -> Tensor:
+        """All layers that were read of one kind, in layer order, with a layer axis in front.
+
+        Raises:
+            NeedsError: the kind was not read, or its layers were read in different ways.
+        """
+        if kind not in KINDS:
+            Site.parse(kind)
+        layers = sorted({r.site.layer for r in self._tensors if r.site.kind == kind and r.site.layer is not None})
+        if of is not None and of.layers is not None:
+            layers = list(of.layers)
+        if not layers:
+            raise NeedsError(f"{kind} was not read for {self._owner}; declare it in needs() or reads")
+        chosen = of or Sites(kind)
+        return torch.stack(
+            [self[Site(kind, i, chosen.heads, chosen.positions, chosen.per_query_head)] for i in layers]
+        )
+
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        return tuple(self._tensors)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(dict.fromkeys(r.site for r in self._tensors))
+
+    def __len__(self) -> int:
+        return len({r.site for r in self._tensors})
+
+    def __repr__(self) -> str:
+        rows = [f"  {r.site}: {' '.join(r.site.axes)} {tuple(t.shape)}" for r, t in self._tensors.items()]
+        return "\n".join([f"Trace of {len(self.batch)} examples", *rows])

@@ -1,0 +1,1 @@
+"""How needs become passes. Three verbs: forward, backward, sweep."""

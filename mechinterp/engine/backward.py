@@ -1,0 +1,59 @@
+"""The backward verb: gradients of a metric at any sites, one backward per distinct metric."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.examples import TokenBatch
+from mechinterp.core.interventions import Intervention
+from mechinterp.core.metrics import Metric
+from mechinterp.core.trace import Read
+from mechinterp.engine.forward import FINAL_NORM, Passed, call
+from mechinterp.errors import NeedsError
+from mechinterp.model.hooks import PATTERN_KINDS, Attached, select
+from mechinterp.model.model import Model
+from mechinterp.sites import Site
+
+
+def backward(
+    model: Model,
+    batch: TokenBatch,
+    sites: Sequence[Site],
+    metric: Metric,
+    reference: Passed | None = None,
+    writes: Sequence[Intervention] = (),
+) -> Mapping[Read, Tensor]:
+    """Gradient of the metric, summed over examples, at each site; the site's own shape.
+
+    Examples do not touch each other, so row i is the gradient of example i's own metric.
+
+    Raises:
+        NeedsError: the metric does not depend on a site.
+    """
+    places = list(dict.fromkeys(site.whole for site in sites))
+    with torch.enable_grad():
+        norm = Read(FINAL_NORM)
+        attached = Attached(model.hf, model.arch, model.dims, writes, [norm], places, stop=FINAL_NORM)
+        with attached:
+            call(model, batch)
+            final = attached.values[norm]
+        rows = metric.rows(batch)
+        logits = model.unembed(select(final, FINAL_NORM, batch.where(metric.positions)), rows)
+        against = None if reference is None else reference.logits[metric]
+        total = metric.score(logits, batch, rows, against).sum()
+        tensors = [attached.captured[place] for place in places]
+        grads = torch.autograd.grad(total, tensors, allow_unused=True)
+    out: dict[Read, Tensor] = {}
+    for site in sites:
+        grad = grads[places.index(site.whole)]
+        if grad is None:
+            raise NeedsError(f"the metric {metric} does not depend on {site}; ask for the gradient at an earlier site")
+        heads = model.dims.heads(site.kind)
+        if site.kind in PATTERN_KINDS:  # select() takes batch pos [head] width
+            grad = grad.transpose(1, 2)
+        elif heads is not None and grad.ndim == 3:
+            grad = grad.unflatten(-1, (heads, -1))
+        chosen = select(grad, site, batch.where(site.positions))
+        out[Read(site)] = chosen.transpose(1, 2) if site.kind in PATTERN_KINDS and chosen.ndim == 4 else chosen
+    return out

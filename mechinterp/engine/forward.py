@@ -1,0 +1,196 @@
+"""The forward verb: one pass that gives all reads, stops after the last, and makes logits only where needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.analyzer import Wanted, as_reads
+from mechinterp.core.examples import TokenBatch
+from mechinterp.core.interventions import Intervention
+from mechinterp.core.metrics import Metric, Rows
+from mechinterp.core.trace import Read, Run, Trace
+from mechinterp.errors import ExamplesError, HookError, SiteError
+from mechinterp.model.hooks import PATTERN_KINDS, Attached, Pass, Stop, select
+from mechinterp.model.model import Model, as_examples
+from mechinterp.sites import Site, resolve
+
+FINAL_NORM = Site("final_norm")
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one forward pass gave."""
+
+    values: Mapping[Read, Tensor]
+    logits: Mapping[Metric, Tensor]
+    """For every metric, logits at its positions and rows."""
+    rows: Mapping[Metric, Rows]
+
+
+@torch.no_grad()
+def forward(
+    model: Model,
+    batch: TokenBatch,
+    reads: Sequence[Read] = (),
+    metrics: Sequence[Metric] = (),
+    writes: Sequence[Intervention] = (),
+) -> Passed:
+    """Run `batch.ids` once.
+
+    Raises:
+        SiteError: a site that the model lacks.
+        HookError: a read that did not fire or a write that was not reached.
+    """
+    inside = [r for r in reads if r.site.kind != "logits"]
+    outside = [r for r in reads if r.site.kind == "logits"]
+    # Somebody may be writing logits: then, and for all positions, the model makes them itself.
+    head: Any = model.hf.get_submodule(model.arch.unembed)
+    whole = bool(head._forward_hooks) or any(
+        site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers)
+    )
+    whole = whole or any(r.site.positions is None for r in outside)
+    needed = [*inside, *([Read(FINAL_NORM)] if outside or metrics else [])]
+    stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
+    full = Read(Site("logits"))
+    taken = [*dict.fromkeys([*needed, *([full] if whole else [])])]
+    attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=None if whole else stop)
+    with attached:
+        call(model, batch)
+        _fired(taken, attached.values)
+        values = attached.values
+    result = {read: values[read] for read in inside}
+    for read in outside:
+        where = batch.where(read.site.positions)
+        if whole:
+            result[read] = select(values[full], read.site, where)
+        else:
+            result[read] = model.unembed(select(values[Read(FINAL_NORM)], read.site, where))
+    logits: dict[Metric, Tensor] = {}
+    chosen: dict[Metric, Rows] = {}
+    for metric in metrics:
+        rows, where = metric.rows(batch), batch.where(metric.positions)
+        chosen[metric] = rows
+        if whole:
+            at = select(values[full], full.site, where)
+            logits[metric] = at if rows is None else at[..., rows]
+        else:
+            logits[metric] = model.unembed(select(values[Read(FINAL_NORM)], FINAL_NORM, where), rows)
+    return Passed(result, logits, chosen)
+
+
+def score(metric: Metric, batch: TokenBatch, passed: Passed, reference: Passed | None = None) -> Tensor:
+    """The metric of a pass, one number an example."""
+    values = metric.score(
+        passed.logits[metric], batch, passed.rows[metric], None if reference is None else reference.logits[metric]
+    )
+    if values.shape != (len(batch),):
+        raise ExamplesError(
+            f"the metric {metric} gave shape {tuple(values.shape)} for {len(batch)} examples; return one number for each"
+        )
+    return values
+
+
+def trace(model: Model, text: Any, reads: Wanted, interventions: Sequence[Intervention] = ()) -> Trace:
+    """`Model.trace`."""
+    tokens = model.tokenize(as_examples(text))
+    batch = tokens.batch(range(len(tokens)), model.device)
+    wanted = as_reads(reads, model.dims.n_layers)
+    if not wanted:
+        raise SiteError("nothing to read; name at least one site, such as sites.resid_post(0)")
+    values: dict[Read, Tensor] = {}
+    runs: tuple[Run, ...] = ("clean", "corrupted")
+    for run in runs:
+        if some := [r for r in wanted if r.of == run]:
+            values |= forward(model, batch.run(run), some, writes=interventions).values
+    return Trace({r: values[r] for r in wanted}, batch)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `Model.generate` made.
+
+    Attributes:
+        text: the new text alone (None without a tokenizer).
+        prompt: token ids that were given.
+        tokens: new token ids.
+        trace: what was read, joined over steps along positions; the last new token was never fed
+            back, so there is one position less than tokens in all. Keys of patterns are padded with 0.
+    """
+
+    text: str | None
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    trace: Trace
+
+    def __str__(self) -> str:
+        return self.text if self.text is not None else str(list(self.tokens))
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    text: Any,
+    max_new_tokens: int,
+    reads: Wanted,
+    interventions: Sequence[Intervention],
+    options: Mapping[str, Any],
+) -> Generation:
+    """`Model.generate`."""
+    tokens = model.tokenize(as_examples(text))
+    if len(tokens) != 1:
+        raise ExamplesError(f"generate takes one prompt. Got {len(tokens)}; call it for each")
+    batch = tokens.batch([0], model.device)
+    wanted = as_reads(reads, model.dims.n_layers)
+    if odd := next((r for r in wanted if r.site.positions not in (None, "end")), None):
+        raise SiteError(f"{odd.site} cannot be read at every step; read all positions, or 'end' for the newest token")
+    attached = Attached(model.hf, model.arch, model.dims, interventions, wanted, keep_steps=True)
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
+    if getattr(model.hf.generation_config, "pad_token_id", None) is None:
+        settings.setdefault("pad_token_id", 0)
+    with attached:
+        out = model.hf.generate(batch.ids, attention_mask=batch.mask.long(), **settings)
+        for step in attached.steps:
+            _fired(wanted, step)
+    values = {read: _join(read, [step[read] for step in attached.steps]) for read in wanted}
+    new = tuple(int(i) for i in out[0, batch.ids.shape[1] :])
+    string = None if model.tokenizer is None else str(model.tokenizer.decode(new, skip_special_tokens=True))
+    seen = TokenBatch(out[:1, :-1], torch.ones_like(out[:1, :-1], dtype=torch.bool), rows=(0,))
+    return Generation(string, tokens.ids[0], new, Trace(values, seen))
+
+
+def _join(read: Read, steps: list[Tensor]) -> Tensor:
+    """One read of all steps, along positions."""
+    if read.reduce is not None:
+        return read.reduce.join(steps)
+    pattern = read.site.kind in PATTERN_KINDS
+    if pattern:
+        width = max(step.shape[-1] for step in steps)
+        fill = 0.0 if read.site.kind == "pattern" else float("-inf")
+        steps = [torch.nn.functional.pad(step, (0, width - step.shape[-1]), value=fill) for step in steps]
+    # A single head drops its axis, and with it the query axis moves up.
+    axis = 1 if not pattern or isinstance(read.site.heads, int) else 2
+    return torch.stack(steps, axis) if read.site.positions == "end" else torch.cat(steps, axis)
+
+
+def call(model: Model, batch: TokenBatch) -> None:
+    """Run the Hugging Face model on a batch, until the end or until a hook says stop."""
+    padded = not bool(batch.mask.all())
+    kwargs: dict[str, Any] = {"attention_mask": batch.mask.long()} if padded else {}
+    if batch.left_padded:
+        kwargs["position_ids"] = batch.position_ids
+    try:
+        model.hf(input_ids=batch.ids, use_cache=False, mechinterp=Pass(batch), **kwargs)
+    except Stop:
+        pass
+
+
+def _fired(reads: Sequence[Read], values: Mapping[Read, Tensor]) -> None:
+    for read in reads:
+        if read not in values:
+            raise HookError(
+                f"the read of {read.site} ({' '.join(read.site.axes)}) did not fire: the model did not run that"
+                " module in this pass; check that nothing replaced it"
+            )

@@ -1,0 +1,1 @@
+"""All that knows Hugging Face: loading, the table of families, hooks, the attention function."""

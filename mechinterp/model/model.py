@@ -1,0 +1,217 @@
+"""Model: a Hugging Face causal LM with its tokenizer, its dimensions and its weights by head."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mechinterp.core.analyzer import Wanted
+from mechinterp.core.examples import Examples, Tokens
+from mechinterp.core.interventions import Intervention
+from mechinterp.core.trace import Trace
+from mechinterp.errors import ModelError
+from mechinterp.model.architecture import Architecture, Dims, architecture
+from mechinterp.model.hooks import Attached
+from mechinterp.model.load import load_hf
+from mechinterp.shapes import Logits, Resid
+
+if TYPE_CHECKING:
+    from mechinterp.engine.forward import Generation
+
+
+class Model:
+    """A wrapped model. It never rewrites: logits are bit-equal to the bare Hugging Face model's.
+
+    Attributes:
+        hf: the Hugging Face model.
+        tokenizer: its tokenizer, or None; then prompts must be token ids.
+        dims: its sizes.
+        arch: its row in the table of families.
+        name: what it was loaded from.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any = None, name: str = "") -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.arch: Architecture = architecture(hf.config)
+        self.dims = Dims.of(hf.config)
+        self.name = name or str(getattr(hf.config, "_name_or_path", "")) or type(hf).__name__
+        try:
+            hf.get_submodule(self.arch.unembed)
+        except AttributeError:
+            raise ModelError(
+                f"{type(hf).__name__} has no {self.arch.unembed}; wrap a causal language model (…ForCausalLM)"
+            ) from None
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> "Model":
+        """Load a model by name.
+
+        Args:
+            name: ``"smollm2"`` (bundled), a hub id, a local folder, or a ``.gguf`` file.
+            dtype: of the weights; the checkpoint's own by default.
+            device: where to put it; the CPU by default.
+            revision: branch, tag or commit of a hub id.
+            attn_implementation: transformers' attention kernel; its own choice (SDPA) by default.
+        Raises:
+            ModelError: the model is unknown, of a family without a row, or its files cannot be used.
+        """
+        hf, tokenizer = load_hf(
+            name, dtype=dtype, device=device, revision=revision, attn_implementation=attn_implementation
+        )
+        return cls(hf, tokenizer, name)
+
+    @classmethod
+    def wrap(cls, hf: Any, tokenizer: Any = None) -> "Model":
+        """Wrap a Hugging Face causal LM that exists already. It is put into evaluation mode."""
+        return cls(hf.eval(), tokenizer)
+
+    def trace(self, text: Any, reads: Wanted, *, interventions: Sequence[Intervention] = ()) -> Trace:
+        """Run once and return what was read; "just look".
+
+        Args:
+            text: a string, several, token ids (one list, a list of lists or a tensor), or `Examples`.
+            reads: sites, as constructors, strings, or TransformerLens names.
+            interventions: in force during this run only.
+        """
+        from mechinterp.engine.forward import trace
+
+        return trace(self, text, reads, interventions)
+
+    def intervene(self, *interventions: Intervention) -> Attached:
+        """``with model.intervene(Zero(sites.z(10, heads=3))): ...``: in force inside the block, undone on any exit."""
+        return Attached(self.hf, self.arch, self.dims, interventions)
+
+    def generate(
+        self,
+        text: Any,
+        *,
+        max_new_tokens: int = 20,
+        reads: Wanted = (),
+        interventions: Sequence[Intervention] = (),
+        **options: Any,
+    ) -> "Generation":
+        """Generate (greedily unless `options` say otherwise), reading and writing at every step.
+
+        Args:
+            text: one prompt: a string, token ids, or `Examples` with one text.
+            reads: kept at every step and joined along positions.
+            interventions: act at every step; a position counts tokens from the start of the prompt,
+                ``"end"`` is the newest token, and None every token of each step.
+            options: passed on to Hugging Face's ``generate``.
+        """
+        from mechinterp.engine.forward import generate
+
+        return generate(self, text, max_new_tokens, reads, interventions, options)
+
+    def tokenize(self, examples: Any) -> Tokens:
+        """Examples (or a text, texts, ids) as token ids, checked against the context length."""
+        return as_examples(examples).tokenize(self.tokenizer, self.dims.context)
+
+    def to_str_tokens(self, ids: Int[Tensor, "pos"] | Sequence[int]) -> list[str]:
+        """Each token as the text it stands for; ``<id>`` where there is no tokenizer."""
+        numbers = [int(i) for i in ids]
+        if self.tokenizer is None:
+            return [f"<{i}>" for i in numbers]
+        return [str(self.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in numbers]
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_E.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_E.dtype
+
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """Token embedding."""
+        return self._module(f"{self.arch.base}.{self.arch.embed}").weight
+
+    @property
+    def W_U(self) -> Float[Tensor, "vocab d_model"]:
+        """Unembedding, one row a token."""
+        return self._module(self.arch.unembed).weight
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output projection of each head in one layer."""
+        weight: Tensor = self._module(f"{self.arch.layer(layer)}.self_attn.o_proj").weight
+        return weight.T.unflatten(0, (self.dims.n_heads, self.dims.d_head))
+
+    def b_O(self, layer: int) -> Float[Tensor, "d_model"] | None:
+        """Bias of the output projection, which belongs to no head; None in most families."""
+        return self._module(f"{self.arch.layer(layer)}.self_attn.o_proj").bias
+
+    @property
+    def b_U(self) -> Float[Tensor, "vocab"] | None:
+        """Bias of the unembedding; None in most models."""
+        return self._module(self.arch.unembed).bias
+
+    def norm(self, resid: Resid) -> Resid:
+        """The final norm, by the model's own module."""
+        # forward(), not a call: arithmetic on what was read must not fire the hooks of a pass
+        return self._module(f"{self.arch.base}.{self.arch.norm}").forward(resid)
+
+    def norm_scale(self, resid: Resid) -> Resid:
+        """γ / rms(resid): what the final norm multiplies this residual by, elementwise, in fp32."""
+        norm = self._module(f"{self.arch.base}.{self.arch.norm}")
+        rms = (resid.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        return norm.weight.float() / rms
+
+    def unembed(self, resid: Resid, rows: Int[Tensor, "rows"] | None = None) -> Logits:
+        """Logits of a normed residual; of all the vocabulary (the model's own module), or of some rows."""
+        head = self._module(self.arch.unembed)
+        if rows is None:
+            return head.forward(resid)
+        return torch.nn.functional.linear(resid, head.weight[rows], None if head.bias is None else head.bias[rows])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of configuration and weights (a spread sample of each tensor), for provenance."""
+        digest = hashlib.sha256(repr(sorted(self.hf.config.to_diff_dict().items(), key=str)).encode())
+        for name, parameter in self.hf.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
+            digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def kernel(self) -> str:
+        """transformers' name of the attention kernel."""
+        return str(self.hf.config._attn_implementation)
+
+    def _module(self, path: str) -> Any:
+        return self.hf.get_submodule(path)
+
+    def __repr__(self) -> str:
+        d = self.dims
+        heads = f"{d.n_heads} heads" + (f" ({d.n_kv_heads} kv)" if d.n_kv_heads != d.n_heads else "")
+        return (
+            f"Model {self.name}: {self.arch.family}, {d.n_layers} layers, {heads}, d_model {d.d_model},"
+            f" vocab {d.vocab}, context {d.context}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+        )
+
+
+def as_examples(text: Any) -> Examples:
+    """Whatever a user may pass as text."""
+    if isinstance(text, Examples):
+        return text
+    if isinstance(text, str):
+        return Examples.of([text])
+    if isinstance(text, Tensor):
+        text = text.tolist()
+    if isinstance(text, Sequence) and text and all(isinstance(i, int) for i in text):
+        return Examples.of([text])
+    return Examples.of(text)
