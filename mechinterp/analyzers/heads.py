@@ -1,0 +1,192 @@
+"""Head roles: previous-token, local, first-token, duplicate-token and induction heads, with nulls."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mechinterp import sites
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Own, as_reads
+from mechinterp.core.examples import TokenBatch
+from mechinterp.core.result import Part, Result, View
+from mechinterp.core.statistics import fdr, summarize
+from mechinterp.core.trace import Read, Reduce
+from mechinterp.tasks.induction import induction
+
+ROLES = ("previous", "local", "first", "duplicate", "induction")
+LOCAL = 4
+RANDOM_ROLES = ("previous", "duplicate", "induction")
+
+
+@dataclass(frozen=True)
+class HeadRoles(Analyzer):
+    """Which heads attend by position or by matching tokens (Olsson et al. 2022; Wang et al. 2023).
+
+    A head's score for a role is the share of a query's attention on the role's keys, averaged over
+    the queries that have such a key: the previous token; the four before the query (``local``,
+    without the first token); the first token of the text (a common sink); an earlier token equal to
+    the query (``duplicate``); the token after such a one (``induction``).
+
+    On the user's text the null is the expected score after shuffling each query's attention over the
+    tokens it sees. On repeated random tokens (a second, declared pass) the null for duplicate and
+    induction is the same head at the same offset on text without the repetition; for previous it is
+    the shuffle. p is a sign-flip test of score - null over examples, q is over all of layers × heads ×
+    roles × texts, and a head is ``specialised`` when it exceeds its null by `floor` and q < .05.
+
+    Result (``text role layer head``): ``score``, ``null``, ``ci_low``, ``ci_high`` (of the score),
+    ``p``, ``q``, ``specialised``. A role that no query of a text has is NaN.
+
+    Attributes:
+        sequences, length: repeated random tokens: how many sequences, and tokens in one half; 0
+            sequences leaves this pass out.
+        floor: least share of attention above the null.
+        seed: of the random tokens.
+    """
+
+    sequences: int = 16
+    length: int = 24
+    floor: float = 0.1
+    seed: int = 0
+
+    def needs(self, model: Model) -> Needs:
+        on: dict[str, Own] = {}
+        if self.sequences:
+            examples = induction(model, self.sequences, self.length, self.seed, control=True)
+            offsets = OffsetMass(self.length, int(examples.spans["first"][0][0]))
+            reads = [Read(r.site, reduce=Reduce(offsets, "example role head")) for r in _patterns(model)]
+            on["random"] = Own(examples, reads)
+        return Needs(reads=[Read(r.site, reduce=Reduce(role_mass, "example role head")) for r in _patterns(model)], on=on)
+
+    def observe(self, batch: Batch) -> Part:
+        mass = batch.clean.stack("pattern")  # layer example role head, summed over queries
+        keys = role_keys(batch.examples, slice(0, batch.examples.ids.shape[1]))
+        queries, visible = keys.any(-1), _visible(batch.examples)
+        count = queries.sum(-1).to(mass)  # example role
+        expected = (keys.sum(-1) / visible[:, None].clamp(min=1)).sum(-1)  # attention shuffled over visible keys
+        return Part(
+            {
+                "score": (mass / count[None, :, :, None], "layer example role head"),
+                "null": (expected / count, "example role"),
+            },
+            coords={"role": ROLES},
+        )
+
+    def combine(self, parts: Iterator[Part], context: Context) -> Result:
+        tables = [*self._prompts(list(parts), context), *self._random(context)]
+        layers, heads = context.model.dims.n_layers, context.model.dims.n_heads
+        texts = list(dict.fromkeys(text for text, _, _, _ in tables))
+        shape = (len(texts), len(ROLES), layers, heads)
+        arrays = {name: np.full(shape, np.nan) for name in ("score", "null", "ci_low", "ci_high", "p")}
+        for text, role, score, null in tables:
+            at = (texts.index(text), ROLES.index(role))
+            here, above = summarize(score, context.seed), summarize(score - null, context.seed)
+            with np.errstate(invalid="ignore"):
+                mean_null = np.broadcast_to(np.nanmean(null, 0) if np.isfinite(null).any() else np.nan, (layers, heads))
+            filled = {"score": here.mean, "null": mean_null, "ci_low": here.ci_low, "ci_high": here.ci_high, "p": above.p}
+            for name, value in filled.items():
+                arrays[name][at] = value
+        arrays["q"] = fdr(arrays["p"])
+        special = (arrays["score"] - arrays["null"] >= self.floor) & (arrays["q"] < 0.05)
+        dims = ("text", "role", "layer", "head")
+        part = {name: (dims, value.astype(np.float32)) for name, value in arrays.items()}
+        import xarray as xr
+
+        coords = {"text": texts, "role": list(ROLES), "layer": np.arange(layers), "head": np.arange(heads)}
+        data = xr.Dataset({**part, "specialised": (dims, special)}, coords, {"unit": "share of attention"})
+        return Result(data, {"floor": self.floor}, _views(texts))
+
+    def _prompts(self, parts: list[Part], context: Context) -> list[tuple[str, str, Any, Any]]:
+        """(text, role, score ``example layer head``, null alike) for every role on the user's text."""
+        if not parts:
+            return []
+        data = Result.of(parts).data.transpose("example", "role", "layer", "head")
+        score, null = data["score"].values, data["null"].values[:, :, None, None]
+        return [("prompts", role, score[:, i], null[:, i]) for i, role in enumerate(ROLES)]
+
+    def _random(self, context: Context) -> list[tuple[str, str, Any, Any]]:
+        if "random" not in context.own:
+            return []
+        n, half = self.sequences, self.length
+        mass = context.own["random"].stack("pattern").permute(1, 2, 0, 3).float().cpu().numpy()
+        # Mean over the queries: all but the first for previous, the second half for the others.
+        start = context.own["random"].batch.spans["first"][0][0]
+        width = start + 2 * half
+        first_half_null = np.mean(1 / np.arange(2, width + 1))
+        previous = mass[:n, 0] / (width - 1)
+        out: list[tuple[str, str, Any, Any]] = [("random", "previous", previous, np.full_like(previous, first_half_null))]
+        for i, role in enumerate(RANDOM_ROLES[1:], 1):
+            out.append(("random", role, mass[:n, i] / half, mass[n:, i] / half))
+        return out
+
+
+def role_keys(batch: TokenBatch, queries: slice) -> Bool[Tensor, "example role query key"]:
+    """Which keys count for each role of `ROLES`, for a slice of query columns."""
+    ids, real = batch.ids, batch.mask
+    column = torch.arange(ids.shape[1], device=ids.device)
+    q, k = column[queries, None], column
+    start = batch.starts[:, None, None]
+    seen = (real[:, queries, None] & real[:, None, :]) & (k <= q)
+    same = (ids[:, queries, None] == ids[:, None, :]) & (k < q)
+    after = torch.zeros_like(same)
+    after[:, :, 1:] = (same & real[:, None, :])[:, :, :-1]
+    past_first = (q > start) & (k > start)
+    roles = [
+        (k == q - 1).expand_as(seen),
+        (k >= q - LOCAL) & (k < q) & past_first,
+        (k == start) & (q > start),
+        same,
+        after,
+    ]
+    return torch.stack([seen & role for role in roles], 1)
+
+
+def role_mass(block: Float[Tensor, "example head query key"], queries: slice, batch: TokenBatch) -> Tensor:
+    """Attention on each role's keys, summed over a block of queries, ``example role head``."""
+    keys = role_keys(batch, queries).to(block.dtype)
+    return torch.einsum("bhqk,brqk->brh", block, keys)
+
+
+@dataclass(frozen=True)
+class OffsetMass:
+    """Attention at the offsets that previous, duplicate and induction heads have on text said twice.
+
+    Offsets rather than token equality, so that the control text is scored at the same places.
+    """
+
+    length: int
+    start: int
+
+    def __call__(self, block: Float[Tensor, "example head query key"], queries: slice, batch: TokenBatch) -> Tensor:
+        """``example role head`` for `RANDOM_ROLES`, summed over a block of queries."""
+        column = torch.arange(block.shape[-1], device=block.device)
+        q = column[queries, None]
+        second = q >= self.start + self.length
+        roles = [column == q - 1, (column == q - self.length) & second, (column == q - self.length + 1) & second]
+        keys = torch.stack([r.expand(block.shape[2], -1) for r in roles]).to(block.dtype)
+        return torch.einsum("bhqk,rqk->brh", block, keys)
+
+
+def _visible(batch: TokenBatch) -> Tensor:
+    """How many keys each query sees, ``example query``."""
+    return batch.mask.cumsum(1)
+
+
+def _patterns(model: Model) -> Sequence[Read]:
+    return as_reads(sites.pattern(), model.dims.n_layers)
+
+
+def _views(texts: list[str]) -> tuple[View, ...]:
+    wanted = [("random", "induction"), ("random", "previous"), ("prompts", "duplicate"), ("prompts", "previous"), ("prompts", "first")]
+    names = {"random": "repeated random tokens", "prompts": "the prompts"}
+    return tuple(
+        View(
+            "heatmap", "score", "head", "layer", title=f"Head roles: {role} on {names[text]}",
+            unit="share of attention", select={"text": text, "role": role},
+        )
+        for text, role in wanted
+        if text in texts
+    )

@@ -1,0 +1,101 @@
+"""Activation patching: which site, at which position, carries the difference between two prompts."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Sweep
+from mechinterp.core.metrics import Metric, logit_diff
+from mechinterp.core.result import Part, Result, View
+from mechinterp.core.statistics import summarize
+from mechinterp.errors import ExamplesError
+from mechinterp.sites import Position, Sites
+
+
+@dataclass(frozen=True)
+class ActivationPatching(Analyzer):
+    """Write one run's activations into the other, one cell at a time (Meng et al. 2022; Heimersheim & Nanda 2024).
+
+    Denoising runs the corrupted prompt and writes clean values: what is enough to restore the
+    behaviour. Noising runs the clean prompt and writes corrupted values: what is needed for it.
+    Either way ``effect`` is (patched - corrupted) / (clean - corrupted), with the mean difference
+    over examples as denominator: 1 is the clean run, 0 the corrupted one. Intervals and p are over
+    examples (of patched - base, sign flips, NaN below six examples), the denominator held fixed;
+    q is over all cells.
+
+    Result: ``effect``, ``ci_low``, ``ci_high``, ``p``, ``q`` over the grid's axes (``layer``,
+    ``position``, ``head``), and ``patched`` (with ``example``), ``clean``, ``corrupted`` as metrics.
+
+    Attributes:
+        site: the kind of site, such as ``"resid_pre"``.
+        metric: what is measured.
+        positions: ``"each"`` token index; named positions as a tuple, which is what to use for
+            prompts of different shapes; one position; or None for all at once.
+        heads: ``"each"``, some, or None for all at once.
+        layers: None for all.
+        direction: ``"denoise"`` or ``"noise"``.
+        guard: least |clean - corrupted| for an effect to mean anything; below it all is NaN, with a warning.
+    """
+
+    site: str
+    metric: Metric = field(default_factory=logit_diff)
+    positions: str | int | tuple[Position, ...] | None = "each"
+    heads: str | tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    direction: Literal["denoise", "noise"] = "denoise"
+    guard: float = 1e-3
+
+    def needs(self, model: Model) -> Needs:
+        denoise = self.direction == "denoise"
+        grid = Sweep(
+            self.metric,
+            Sites(self.site, self.layers),
+            self.positions,
+            self.heads,
+            source="clean" if denoise else "corrupted",
+            base="corrupted" if denoise else "clean",
+        )
+        return Needs(sweeps={"grid": grid})
+
+    def observe(self, batch: Batch) -> Part:
+        grid = batch.sweeps["grid"]
+        assert grid.values is not None and grid.base is not None and grid.source is not None
+        clean, corrupted = (grid.source, grid.base) if self.direction == "denoise" else (grid.base, grid.source)
+        # The grid's positions are token indices already, so they are no axis of tokens to be aligned.
+        axes = " ".join(("example", *grid.axes))
+        return Part(
+            {"patched": (grid.values, axes), "clean": (clean, "example"), "corrupted": (corrupted, "example")},
+            coords={name: list(entries) for name, entries in grid.coords.items()},
+        )
+
+    def combine(self, parts: Iterator[Part], context: Context) -> Result:
+        data = Result.of(parts, unit="(patched - corrupted) / (clean - corrupted)").data
+        patched = data["patched"].transpose("example", ...)
+        clean, corrupted = data["clean"].values, data["corrupted"].values
+        total = float(np.mean(clean - corrupted))
+        if abs(total) < self.guard:
+            warnings.warn(
+                f"clean and corrupted differ by only {total:.2g} in {self.metric}: no effect can be normalised;"
+                " use prompts that the model tells apart",
+                stacklevel=2,
+            )
+            total = float("nan")
+        shape = (-1,) + (1,) * (patched.ndim - 1)
+        base = corrupted if self.direction == "denoise" else clean
+        effect = summarize((patched.values - corrupted.reshape(shape)) / total, context.seed)
+        change = summarize((patched.values - base.reshape(shape)) / total, context.seed)
+        dims = patched.dims[1:]
+        new = {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}
+        data = data.assign({name: (dims, value) for name, value in new.items()})
+        order = ["effect", "ci_low", "ci_high", "p", "q", "patched", "clean", "corrupted"]
+        return Result(data[order], {"total": total}, _views(tuple(str(d) for d in dims), self))
+
+
+def _views(dims: tuple[str, ...], analyzer: ActivationPatching) -> tuple[View, ...]:
+    title = f"Activation patching of {analyzer.site} ({analyzer.direction})"
+    if len(dims) > 1:
+        return (View("heatmap", "effect", dims[1], dims[0], title=title, unit="effect", center=0.0),)
+    return (View("lines", "effect", dims[0], title=title, unit="effect"),)

@@ -1,0 +1,287 @@
+"""Plan: the passes that a set of analyzers costs, known before anything runs.
+
+`compile_round` merges the needs of all analyzers of a round into the fewest passes; `Plan` shows
+them; the runner carries them out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mechinterp.core.analyzer import Analyzer, Grad, Needs, Sweep, as_reads
+from mechinterp.core.examples import Examples, Tokens
+from mechinterp.core.metrics import Metric
+from mechinterp.core.trace import Read, Run
+from mechinterp.engine.sweep import row_count, source_reads
+from mechinterp.errors import MechinterpError, NeedsError
+from mechinterp.model.hooks import check
+from mechinterp.model.model import Model, as_examples
+from mechinterp.sites import KINDS, Site, resolve
+
+TOKENS_PER_BATCH = 8192
+EXAMPLES_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Round:
+    """The merged work of the analyzers of one round.
+
+    Attributes:
+        reads: what the shared pass of each run must give: all analyzers' reads, and what sweeps patch with.
+        metrics: metrics of each unedited run that sweeps compare with.
+        own: examples of analyzers' own → all reads from them.
+    """
+
+    analyzers: tuple[Analyzer, ...]
+    needs: tuple[Needs, ...]
+    declared: tuple[tuple[Read, ...], ...]
+    reads: Mapping[Run, tuple[Read, ...]]
+    metrics: Mapping[Run, tuple[Metric, ...]]
+    own: Mapping[Examples, tuple[Read, ...]]
+    grads: Mapping[tuple[Metric, Run], tuple[Site, ...]]
+    sweeps: tuple[Sweep, ...]
+
+    @property
+    def uses_examples(self) -> bool:
+        return bool(any(self.reads.values()) or any(self.metrics.values()) or self.grads or self.sweeps)
+
+    def observes(self, index: int) -> bool:
+        """Whether an analyzer sees batches: it declared something, be it only examples of its own."""
+        need = self.needs[index]
+        return bool(self.declared[index] or need.grads or need.sweeps)
+
+    def runs(self) -> list[Run]:
+        return [run for run in _RUNS if self.reads[run] or self.metrics[run]]
+
+
+_RUNS: tuple[Run, ...] = ("clean", "corrupted")
+
+
+def compile_round(model: Model, analyzers: Sequence[Analyzer]) -> Round:
+    """Merge what the analyzers need. Equal reads, gradients, sweeps and examples are done once.
+
+    Raises:
+        SiteError: an analyzer needs a site that the model lacks; the message names the analyzer.
+    """
+    layers = model.dims.n_layers
+    needs: list[Needs] = []
+    declared: list[tuple[Read, ...]] = []
+    reads: dict[Run, dict[Read, None]] = {"clean": {}, "corrupted": {}}
+    metrics: dict[Run, dict[Metric, None]] = {"clean": {}, "corrupted": {}}
+    own: dict[Examples, dict[Read, None]] = {}
+    grads: dict[tuple[Metric, Run], dict[Site, None]] = {}
+    sweeps: dict[Sweep, None] = {}
+    for analyzer in analyzers:
+        try:
+            need = analyzer.needs(model)
+            wanted = as_reads(need.reads, layers)
+            for read in wanted:
+                check(read.site, model.arch, model.dims)
+                reads[read.of][read] = None
+            for one in need.on.values():
+                for read in as_reads(one.reads, layers):
+                    check(read.site, model.arch, model.dims)
+                    own.setdefault(one.examples, {})[read] = None
+            for grad in need.grads.values():
+                for site in resolve(grad.sites, layers):
+                    check(site, model.arch, model.dims)
+                    grads.setdefault((grad.metric, grad.of), {})[site] = None
+                _compare(grad.metric, metrics)
+            for sweep in need.sweeps.values():
+                sweeps[sweep] = None
+                for read in source_reads(sweep, model):
+                    check(read.site, model.arch, model.dims)
+                    reads[read.of][read] = None
+                for site in sweep.reads:
+                    check(site, model.arch, model.dims)
+                if sweep.metric is not None:
+                    _compare(sweep.metric, metrics)
+                    if not sweep.given:
+                        metrics[sweep.base][sweep.metric] = None
+                    if sweep.patches:
+                        metrics[sweep.source][sweep.metric] = None
+        except MechinterpError as error:
+            error.args = (f"{analyzer.name}: {error}",)
+            raise
+        needs.append(need)
+        declared.append(wanted)
+    return Round(
+        tuple(analyzers),
+        tuple(needs),
+        tuple(declared),
+        {run: tuple(r) for run, r in reads.items()},
+        {run: tuple(m) for run, m in metrics.items()},
+        {examples: tuple(r) for examples, r in own.items()},
+        {key: tuple(s) for key, s in grads.items()},
+        tuple(sweeps),
+    )
+
+
+def _compare(metric: Metric, metrics: dict[Run, dict[Metric, None]]) -> None:
+    if metric.compares:
+        metrics["clean"][metric] = None
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """One line of the plan."""
+
+    what: str
+    run: str
+    users: tuple[str, ...]
+    examples: int
+    batches: int
+    layers: int
+    """Decoder layers that are run in each pass."""
+    reads: int
+    rows: int
+    """Passes for each batch: 1, or the rows of a sweep."""
+    token_layers: int
+    """Tokens × layers, padding left out."""
+    held: int
+    """Bytes of what is read, for the largest batch, before analyzers reduce it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The passes of the first round. Later rounds depend on what the first one finds."""
+
+    passes: tuple[PlannedPass, ...]
+    engine: str = "full"
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def token_layers(self) -> int:
+        return sum(p.token_layers for p in self.passes)
+
+    def __str__(self) -> str:
+        head = ("pass", "run", "examples", "batches", "layers", "reads", "rows", "token-layers", "held", "shared by")
+        lines = [
+            (
+                p.what,
+                p.run,
+                f"{p.examples}",
+                f"{p.batches}",
+                f"{p.layers}",
+                f"{p.reads}",
+                f"{p.rows:,}",
+                f"{p.token_layers:,}",
+                f"{p.held / 1e6:.1f} MB",
+                ", ".join(p.users),
+            )
+            for p in self.passes
+        ]
+        widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
+        rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *lines]]
+        return "\n".join([*rows, f"total {self.token_layers:,} token-layers", *self.notes])
+
+
+def plan(
+    model: Model, examples: Any, analyzers: Analyzer | Sequence[Analyzer], *, batch_size: int | None = None
+) -> Plan:
+    """The passes that `run` with the same arguments will make in its first round. Runs nothing.
+
+    Raises:
+        SiteError, ExamplesError, NeedsError: as `run` would.
+    """
+    chosen = [analyzers] if isinstance(analyzers, Analyzer) else list(analyzers)
+    tokens = None if examples is None else model.tokenize(as_examples(examples))
+    return describe(model, tokens, compile_round(model, chosen), batch_size)
+
+
+def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int | None) -> Plan:
+    """The plan of one round."""
+    passes: list[PlannedPass] = []
+    if work.uses_examples:
+        if tokens is None:
+            raise NeedsError(f"{', '.join(a.name for a in work.analyzers)} need examples to run on; give some")
+        size = batch_size or default_batch_size(tokens)
+        batches = tokens.batches(size)
+        total = sum(tokens.lengths)
+        widest = max((len(b) * max(tokens.lengths[i] for i in b) for b in batches), default=0)
+        longest = max(tokens.lengths)
+        for run in work.runs():
+            reads, metrics = work.reads[run], work.metrics[run]
+            users = _users(work, lambda need, declared, run=run: _touches(need, declared, run))
+            depth = _depth(model, [r.site for r in reads], bool(metrics))
+            held = sum(_bytes(model, r, widest, longest, len(batches[-1])) for r in reads)
+            passes.append(
+                PlannedPass(
+                    "forward", run, users, len(tokens), len(batches), depth, len(reads), 1, total * depth, held
+                )
+            )
+        for (metric, run), sites in work.grads.items():
+            users = _users(work, lambda need, _, key=(metric, run): key in {(g.metric, g.of) for g in need.grads.values()})
+            held = sum(_bytes(model, Read(s), widest, longest, len(batches[-1])) for s in sites)
+            n = model.dims.n_layers
+            passes.append(
+                PlannedPass("backward", run, users, len(tokens), len(batches), n, len(sites), 1, 2 * total * n, held)
+            )
+        for sweep in work.sweeps:
+            users = _users(work, lambda need, _, sweep=sweep: sweep in need.sweeps.values())
+            rows = max(row_count(sweep, model, max(tokens.lengths[i] for i in b)) for b in batches)
+            cost = sum(
+                row_count(sweep, model, max(tokens.lengths[i] for i in b)) * sum(tokens.lengths[i] for i in b)
+                for b in batches
+            )
+            n = model.dims.n_layers
+            passes.append(
+                PlannedPass("sweep", sweep.base, users, len(tokens), len(batches), n, len(sweep.reads), rows, cost * n, 0)
+            )
+    for own, reads in work.own.items():
+        users = _users(work, lambda need, _, own=own: own in {o.examples for o in need.on.values()})
+        mine = model.tokenize(own)
+        size = batch_size or default_batch_size(mine)
+        depth = _depth(model, [r.site for r in reads], False)
+        widest, longest = min(size, len(mine)) * max(mine.lengths), max(mine.lengths)
+        held = sum(_bytes(model, r, widest, longest, min(size, len(mine))) for r in reads)
+        passes.append(
+            PlannedPass(
+                "forward", "own", users, len(mine), len(mine.batches(size)), depth, len(reads), 1, sum(mine.lengths) * depth, held
+            )
+        )
+    notes = ("sweeps: engine full, one whole pass for each row",) if work.sweeps else ()
+    return Plan(tuple(passes), notes=notes)
+
+
+def default_batch_size(tokens: Tokens) -> int:
+    """Depends on the examples alone, so that adding an analyzer leaves every batch as it was."""
+    return max(1, min(EXAMPLES_PER_BATCH, TOKENS_PER_BATCH // max(tokens.lengths)))
+
+
+def _users(work: Round, uses: Any) -> tuple[str, ...]:
+    pairs = zip(work.analyzers, work.needs, work.declared, strict=True)
+    return tuple(dict.fromkeys(a.name for a, need, declared in pairs if uses(need, declared)))
+
+
+def _touches(need: Needs, declared: tuple[Read, ...], run: Run) -> bool:
+    """Whether an analyzer is served by the shared pass of a run."""
+    swept = any(
+        (s.metric is not None and run == s.base) or (s.patches and run == s.source) for s in need.sweeps.values()
+    )
+    grads: list[Grad] = list(need.grads.values())
+    compares = run == "clean" and any(g.metric.compares for g in grads)
+    return swept or compares or any(r.of == run for r in declared)
+
+
+def _depth(model: Model, sites: Sequence[Site], logits: bool) -> int:
+    """How many decoder layers a pass must run for these sites."""
+    if logits or any(s.kind in ("final_norm", "logits") for s in sites):
+        return model.dims.n_layers
+    return max((s.layer + 1 for s in sites if s.layer is not None), default=0)
+
+
+def _bytes(model: Model, read: Read, tokens: int, longest: int, examples: int) -> int:
+    """Size of one read for the largest batch; reduced reads are small and counted as nothing."""
+    if read.reduce is not None:
+        return 0
+    d, site = model.dims, read.site
+    sizes = {"d_model": d.d_model, "d_head": d.d_head, "d_mlp": d.d_mlp, "vocab": d.vocab, "key": longest}
+    heads = {"head": d.n_heads, "kv_head": d.n_kv_heads}
+    if site.heads is not None:
+        heads = dict.fromkeys(heads, 1 if isinstance(site.heads, int) else len(site.heads))
+    width = 1
+    for axis in KINDS[site.kind].axes:
+        width *= sizes.get(axis, 1) * heads.get(axis, 1)
+    places = tokens if site.positions is None else examples * (len(site.positions) if isinstance(site.positions, tuple) else 1)
+    return places * width * model.dtype.itemsize

@@ -1,0 +1,253 @@
+"""The sweep verb, ``engine="full"``: one whole pass with plain hooks for every row of the grid.
+
+Slow and simple: the reference for any faster way.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.analyzer import Edit, Sweep, Swept
+from mechinterp.core.examples import TokenBatch
+from mechinterp.core.interventions import Intervention, Replace
+from mechinterp.core.trace import Read
+from mechinterp.engine.forward import Passed, forward, score
+from mechinterp.errors import ExamplesError, NeedsError
+from mechinterp.model.hooks import select
+from mechinterp.model.model import Model
+from mechinterp.sites import Position, Site, resolve
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep met with a model: what its rows are.
+
+    Attributes:
+        axes: (name, entries) of every axis that the grid has.
+        groups: the sites written together in each entry of the first axis.
+        positions: one for each entry of the position axis; a single one without it. ``"each"`` is
+            resolved batch by batch.
+    """
+
+    axes: tuple[tuple[str, tuple[Any, ...]], ...]
+    groups: tuple[tuple[Site, ...], ...]
+    positions: tuple[Position | None, ...]
+    heads: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, sweep: Sweep, model: Model, width: int = 0) -> "Grid":
+        """For batches `width` tokens wide.
+
+        Raises:
+            NeedsError: heads of a site without heads, or a window over sites without layers.
+        """
+        sites = resolve(sweep.sites, model.dims.n_layers)
+        layered = len({s.kind for s in sites}) == 1 and all(s.layer is not None for s in sites)
+        axes: list[tuple[str, tuple[Any, ...]]] = [
+            ("layer", tuple(s.layer for s in sites)) if layered else ("site", tuple(str(s) for s in sites))
+        ]
+        groups = tuple((s,) for s in sites)
+        if sweep.window > 1:
+            if not layered:
+                raise NeedsError(f"a window of {sweep.window} layers needs sites of one layered kind")
+            before, after = sweep.window // 2, sweep.window - sweep.window // 2
+            n = model.dims.n_layers
+            groups = tuple(
+                tuple(replace(s, layer=i) for i in range(max(0, (s.layer or 0) - before), min(n, (s.layer or 0) + after)))
+                for s in sites
+            )
+        positions: tuple[Position | None, ...]
+        if sweep.positions == "each":
+            positions = tuple(range(width))
+        elif isinstance(sweep.positions, tuple):
+            positions = sweep.positions
+        else:
+            positions = (None if sweep.positions == "all" else sweep.positions,)
+        if sweep.positions == "each" or isinstance(sweep.positions, tuple):
+            axes.append(("position", positions))
+        heads: tuple[int | None, ...] = (None,)
+        if sweep.heads is not None:
+            counts = {model.dims.n_heads if s.per_query_head else model.dims.heads(s.kind) for s in sites}
+            count = counts.pop()
+            if counts or count is None:
+                raise NeedsError(f"heads={sweep.heads!r} needs sites with equal head axes; {sites[0]} is not such a one")
+            heads = tuple(range(count)) if isinstance(sweep.heads, str) else sweep.heads
+            axes.append((next(s.axes for s in sites)[_head_axis(sites[0])], heads))
+        return cls(tuple(axes), groups, positions, heads)
+
+    @property
+    def rows(self) -> int:
+        return len(self.groups) * len(self.positions) * len(self.heads)
+
+    def __iter__(self) -> Iterator[tuple[Site, ...]]:
+        """The sites written in each row, in the order of the axes."""
+        for group, position, head in itertools.product(self.groups, self.positions, self.heads):
+            yield tuple(
+                replace(s, positions=s.positions if position is None else position, heads=s.heads if head is None else head)
+                for s in group
+            )
+
+
+def source_reads(sweep: Sweep, model: Model) -> tuple[Read, ...]:
+    """What rows of an activation-patching sweep take from the source run."""
+    if not sweep.patches:
+        return ()
+    grid = Grid.of(sweep, model)
+    return tuple(dict.fromkeys(Read(site.whole, sweep.source) for group in grid.groups for site in group))
+
+
+def row_count(sweep: Sweep, model: Model, width: int) -> int:
+    """Rows for one batch whose longest example has `width` tokens."""
+    return max(len(e) for e in sweep.edits) if sweep.edits else Grid.of(sweep, model, width).rows
+
+
+@torch.no_grad()
+def sweep_full(
+    model: Model,
+    batch: TokenBatch,
+    sweep: Sweep,
+    source: Mapping[Read, Tensor],
+    clean: Passed,
+    runs: Mapping[str, Passed],
+    tick: Callable[[int], None] = lambda _: None,
+) -> Swept:
+    """One whole pass for every row.
+
+    Args:
+        source: values of `source_reads`, all positions.
+        clean: the unedited clean run, for metrics that compare.
+        runs: the unedited runs by name, with the sweep's metric.
+        tick: told how many rows were done.
+    """
+    if sweep.edits:
+        return _edits(model, batch, sweep, clean, runs, tick)
+    metrics = [] if sweep.metric is None else [sweep.metric]
+    base_batch = batch.run(sweep.base)
+    grid = Grid.of(sweep, model, int(batch.lengths.max()))
+    values: list[Tensor] = []
+    reads: dict[Site, list[Tensor]] = {site: [] for site in sweep.reads}
+    for sites in grid:
+        writes = [*sweep.given, *(_write(sweep, site, batch, source) for site in sites)]
+        passed = forward(model, base_batch, [Read(site) for site in sweep.reads], metrics, writes)
+        missing = torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
+        for site in sites:
+            missing |= _missing(batch, site)
+        if sweep.metric is not None:
+            values.append(score(sweep.metric, base_batch, passed, clean).masked_fill(missing, float("nan")))
+        for site in sweep.reads:
+            reads[site].append(passed.values[Read(site)])
+        tick(1)
+    shape = tuple(len(entries) for _, entries in grid.axes)
+    base, of_source = runs[sweep.base], runs.get(sweep.source)
+    if sweep.given and metrics:
+        base = forward(model, base_batch, (), metrics, sweep.given)
+    return Swept(
+        values=torch.stack(values, 1).reshape(len(batch), *shape) if values else None,
+        axes=tuple(name for name, _ in grid.axes),
+        base=None if sweep.metric is None else score(sweep.metric, base_batch, base, clean),
+        source=None
+        if sweep.metric is None or not sweep.patches or of_source is None
+        else score(sweep.metric, batch.run(sweep.source), of_source, clean),
+        reads={site: torch.stack(v, 1).reshape(len(batch), *shape, *v[0].shape[1:]) for site, v in reads.items()},
+        coords=dict(grid.axes),
+    )
+
+
+def _write(sweep: Sweep, site: Site, batch: TokenBatch, source: Mapping[Read, Tensor]) -> Intervention:
+    if sweep.write is not None:
+        return sweep.write(site)
+    value = source[Read(site.whole, sweep.source)]
+    if site.kind in ("scores", "pattern"):
+        value = value.transpose(1, 2)
+    part = select(value, site, batch.where(site.positions, strict=False))
+    return Replace(site, part.transpose(1, 2) if site.kind in ("scores", "pattern") and part.ndim == 4 else part)
+
+
+def _missing(batch: TokenBatch, site: Site) -> Tensor:
+    """Examples without any position that the site names."""
+    where = batch.where(site.positions, strict=False)
+    if where is None or where.valid is None:
+        return torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
+    return ~(where.valid if where.valid.ndim == 1 else where.valid.any(1))
+
+
+def _edits(
+    model: Model,
+    batch: TokenBatch,
+    sweep: Sweep,
+    clean: Passed,
+    runs: Mapping[str, Passed],
+    tick: Callable[[int], None],
+) -> Swept:
+    """Rows that are edited inputs, one pass for the i-th edit of every example."""
+    if sweep.metric is None:
+        raise NeedsError("a sweep of edited inputs must have a metric; their positions differ, so reads have no shape")
+    base_batch = batch.run(sweep.base)
+    todo = [sweep.edits[row] for row in batch.rows]
+    width = max(map(len, todo), default=0)
+    values = torch.full((len(batch), width), float("nan"), device=batch.ids.device)
+    for j in range(width):
+        rows = [i for i, edits in enumerate(todo) if j < len(edits)]
+        edited = edit(base_batch, rows, [todo[i][j] for i in rows])
+        passed = forward(model, edited, (), [sweep.metric], sweep.given)
+        against = clean if not sweep.metric.compares else _rows(clean, sweep.metric, rows)
+        values[rows, j] = score(sweep.metric, edited, passed, against)
+        tick(1)
+    base = runs[sweep.base] if not sweep.given else forward(model, base_batch, (), [sweep.metric], sweep.given)
+    return Swept(values, ("edit",), score(sweep.metric, base_batch, base, clean), None, {}, {"edit": tuple(range(width))})
+
+
+def _rows(passed: Passed, metric: Any, rows: Sequence[int]) -> Passed:
+    return Passed(passed.values, {metric: passed.logits[metric][list(rows)]}, passed.rows)
+
+
+def edit(batch: TokenBatch, rows: Sequence[int], edits: Sequence[Edit]) -> TokenBatch:
+    """The chosen rows with their tokens replaced or deleted; named positions move along.
+
+    Raises:
+        ExamplesError: an edit outside its example, or one that deletes a whole example.
+    """
+    sequences: list[list[int]] = []
+    kept: list[list[int]] = []
+    for i, one in zip(rows, edits, strict=True):
+        tokens = batch.ids[i][batch.mask[i]].tolist()
+        if any(not 0 <= p < len(tokens) for p in one.positions):
+            raise ExamplesError(f"{one} reaches outside example {batch.rows[i]}, which has {len(tokens)} tokens")
+        keep = list(range(len(tokens)))
+        if one.tokens is None:
+            keep = [p for p in keep if p not in one.positions]
+            if not keep:
+                raise ExamplesError(f"{one} deletes all of example {batch.rows[i]}; leave at least one token")
+        else:
+            for p, token in zip(one.positions, one.tokens, strict=True):
+                tokens[p] = token
+        sequences.append([tokens[p] for p in keep])
+        kept.append(keep)
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=batch.ids.device)
+    mask = torch.tensor([[True] * len(s) + [False] * (width - len(s)) for s in sequences], device=batch.ids.device)
+
+    def moved(name: str, where: tuple[int, ...]) -> tuple[int, ...]:
+        out: list[int] = []
+        for i, keep in zip(rows, kept, strict=True):
+            if where[i] not in keep:
+                raise ExamplesError(f"an edit deletes {name!r} of example {batch.rows[i]}, which is still needed")
+            out.append(keep.index(where[i]))
+        return tuple(out)
+
+    return TokenBatch(
+        ids,
+        mask,
+        tuple(batch.rows[i] for i in rows),
+        answers=None if batch.answers is None else tuple(batch.answers[i] for i in rows),
+        labels=None if batch.labels is None else tuple(batch.labels[i] for i in rows),
+        positions={n: moved(n, w) for n, w in batch.positions.items()},
+    )
+
+
+def _head_axis(site: Site) -> int:
+    return next(i for i, axis in enumerate(site.axes) if axis in ("head", "kv_head"))
