@@ -52,7 +52,7 @@ class Read:
     reduce: Reduce | None = None
 
 
-class Trace(Mapping[Site, Tensor]):
+class Trace:
     """What was read in one pass: ``trace[site]`` is a tensor with the site's axes.
 
     Immutable. A site is found by its exact name, or without positions and heads where that is
@@ -120,6 +120,9 @@ class Trace(Mapping[Site, Tensor]):
 
     def __len__(self) -> int:
         return len({r.site for r in self._tensors})
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in (read, read.site, str(read.site)) for read in self._tensors)
 
     def __repr__(self) -> str:
         rows = [f"  {r.site}: {' '.join(r.site.axes)} {tuple(t.shape)}" for r, t in self._tensors.items()]

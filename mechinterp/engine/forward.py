@@ -48,10 +48,9 @@ def forward(
     outside = [r for r in reads if r.site.kind == "logits"]
     # Somebody may be writing logits: then, and for all positions, the model makes them itself.
     head: Any = model.hf.get_submodule(model.arch.unembed)
-    whole = bool(head._forward_hooks) or any(
-        site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers)
-    )
-    whole = whole or any(r.site.positions is None for r in outside)
+    written = any(site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers))
+    everywhere = any(r.site.positions is None for r in outside)
+    whole = bool(outside or metrics) and (bool(head._forward_hooks) or written or everywhere)
     needed = [*inside, *([Read(FINAL_NORM)] if outside or metrics else [])]
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))

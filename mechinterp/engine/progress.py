@@ -2,7 +2,6 @@
 
 import sys
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +17,7 @@ class Bar:
         self._progress = Progress(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
         self._task = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         self._progress.start()
         return self
 

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from mechinterp.sites import Site, resolve
 MAX_ROUNDS = 8
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Who is told how the work goes. `Bar` shows it; anything with these two methods will do."""
 

@@ -9,7 +9,7 @@ that layer alone.
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -102,6 +102,7 @@ class Explicit(Side):
         return self.tensors[kind].transpose(1, 2)[rows, columns].transpose(1, 2)
 
 
+@runtime_checkable
 class LayerWork(Protocol):
     """What one attachment wants of one layer's attention; `hooks` implements it."""
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Attached:
             if site.kind == "logits" and self.stop is not None:
                 raise SiteError("logits cannot be written in a pass that stops before them")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Attached":
         try:
             self._attach()
         except BaseException:

@@ -1,0 +1,68 @@
+"""For tests, ours and yours: tiny random models of every family."""
+
+import re
+from typing import Any
+
+import torch
+
+from mechinterp.errors import ModelError
+from mechinterp.model.architecture import FAMILIES
+from mechinterp.model.model import Model
+from mechinterp.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
+
+
+def tiny(family: str = "llama", *, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32) -> Model:
+    """A random model of a family, small enough to run hundreds of times: 4 heads in 2 groups, d_model 32.
+
+    Weights are drawn with a standard deviation of 0.2, so that every part of the model matters. The
+    tokenizer knows the words of the tasks, each with its leading space, and single characters.
+
+    Raises:
+        ModelError: the family is not in the architecture table.
+    """
+    import transformers
+
+    if family not in FAMILIES:
+        raise ModelError(f"The family of tiny must be one of {', '.join(FAMILIES)}. Got {family!r}")
+    tokenizer = _tokenizer()
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Norm weights start at one, which would hide a forgotten γ.
+        for name, parameter in hf.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return Model(hf.eval(), tokenizer, f"tiny-{family}")
+
+
+def _tokenizer() -> Any:
+    import tokenizers
+    import transformers
+
+    pattern = r" ?[A-Za-z]+|[^A-Za-z]"
+    texts = " ".join([*NAMES, *PLACES, *OBJECTS, "A B S", *(re.sub(r"[{}]", "", t) for t in TEMPLATES)])
+    characters = [chr(i) for i in range(32, 127)] + ["\n"]
+    pieces = dict.fromkeys(["<pad>", "<unk>", *characters, *(re.findall(pattern, texts + " " + texts))])
+    words = dict.fromkeys([*pieces, *(p.strip() for p in pieces if p.strip()), *(f" {p.strip()}" for p in pieces)])
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
