@@ -59,12 +59,12 @@ _NAMES = {
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
 }
-_MODULES = ("errors", "sites", "tasks")
+_MODULES = ("errors", "sites", "tasks", "testing")
 
 __all__ = [*_NAMES, *_MODULES]
 
 if TYPE_CHECKING:
-    from mechinterp import errors, sites, tasks
+    from mechinterp import errors, sites, tasks, testing
     from mechinterp.analyzers.direct import DirectLogitAttribution
     from mechinterp.analyzers.heads import HeadRoles
     from mechinterp.analyzers.lens import LogitLens

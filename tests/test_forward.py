@@ -149,7 +149,7 @@ def test_the_pass_stops_after_the_last_read(model: mi.Model, ids: list[list[int]
         assert calls == [0]  # layer 1 is entered but not finished
         calls.clear()
         model.trace(ids, ["resid_post.1"])
-        assert calls in ([0], [0, 1])
+        assert calls == [0, 1]
         calls.clear()
         model.trace(ids, [sites.logits()])
         assert calls == [0, 1, 2, 99]

@@ -157,9 +157,8 @@ def attention(
     for each in work:
         query = each.edit("q_rot", query.transpose(1, 2)).transpose(1, 2)
         cached = key.shape[2] - query.shape[2]  # with a key/value cache, keys of earlier steps stand first
-        old = key[:, :, cached:].transpose(1, 2)
-        new = each.edit("k_rot", old)
-        key = key if new is old else torch.cat([key[:, :, :cached], new.transpose(1, 2)], 2)
+        new = each.edit("k_rot", key[:, :, cached:].transpose(1, 2)).transpose(1, 2)
+        key = torch.cat([key[:, :, :cached], new], 2) if cached else new
     scaling, mask = float(kwargs["scaling"]), attention_mask
     if any(each.explicit for each in work):
         side, out = _explicit(query, key, value, _full_mask(mask), scaling, work)

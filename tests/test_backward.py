@@ -1,0 +1,87 @@
+"""Gradients against autograd by hand and finite differences."""
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp import sites
+from mechinterp.core.trace import Read
+from mechinterp.engine.backward import backward
+from mechinterp.engine.forward import forward, score
+from mechinterp.errors import NeedsError, SiteError
+from mechinterp.sites import Site
+from tests.test_forward import every_site
+
+
+def examples(ids: list[list[int]]) -> mi.Examples:
+    return mi.Examples.of([ids[0], ids[1][:6], ids[2]], answers=[(5, 9), (6, 7), ([8, 9], 3)])
+
+
+def test_gradients_equal_finite_differences_at_every_site(model: mi.Model, ids: list[list[int]]) -> None:
+    model = mi.testing.tiny(model.arch.family, dtype=torch.float64)
+    tokens = model.tokenize(examples(ids))
+    batch, metric = tokens.batch(range(3)), mi.logit_diff()
+    chosen = [s for s in every_site(model) if s.kind not in ("head_out", "logits") and (s.layer or 1) == 1]
+    grads = backward(model, batch, chosen, metric)
+    base = forward(model, batch, [Read(s) for s in chosen], [metric]).values
+    for site in chosen:
+        value, grad = base[Read(site)], grads[Read(site)]
+        assert grad.shape == value.shape
+        rng = torch.Generator().manual_seed(0)
+        step = torch.randn(value.shape, generator=rng, dtype=torch.float64)
+        if site.kind == "scores":
+            step = step.masked_fill(torch.isinf(value), 0.0)
+        both = []
+        for sign in (1e-5, -1e-5):
+            passed = forward(model, batch, (), [metric], [mi.Replace(site, value + sign * step)])
+            both.append(score(metric, batch, passed))
+        numeric = (both[0] - both[1]) / 2e-5
+        exact = torch.where(grad == 0, 0.0, grad * step).flatten(1).sum(1)
+        torch.testing.assert_close(exact, numeric, atol=1e-5, rtol=1e-4)
+
+
+def test_selected_gradients_are_slices(model: mi.Model, ids: list[list[int]]) -> None:
+    batch = model.tokenize(examples(ids)).batch(range(3))
+    whole = [Site("z", 1), Site("pattern", 1)]
+    some = [Site("z", 1, heads=2, positions="end"), Site("pattern", 1, heads=(1, 3), positions=(0, 2))]
+    grads = backward(model, batch, [*whole, *some], mi.logit_diff())
+    ends = torch.tensor([8, 5, 8])
+    torch.testing.assert_close(grads[Read(some[0])], grads[Read(whole[0])][torch.arange(3), ends, 2])
+    torch.testing.assert_close(grads[Read(some[1])], grads[Read(whole[1])][:, [1, 3]][:, :, [0, 2]])
+
+
+def test_weights_keep_no_gradient(model: mi.Model, ids: list[list[int]]) -> None:
+    batch = model.tokenize(examples(ids)).batch(range(3))
+    backward(model, batch, [Site("resid_pre", 1)], mi.answer_logit())
+    assert all(p.grad is None for p in model.hf.parameters())
+
+
+def test_a_metric_that_does_not_depend_on_a_site(model: mi.Model, ids: list[list[int]]) -> None:
+    batch = model.tokenize(examples(ids)).batch(range(3))
+    with pytest.raises(NeedsError, match="does not depend on k.2"):
+        backward(model, batch, [Site("k", 2), Site("q", 2)], mi.Metric.__subclasses__()[-1](fn=lambda x: x[:, 0].detach().requires_grad_()))
+    with pytest.raises(SiteError, match="attn_out"):
+        backward(model, batch, [Site("head_out", 1)], mi.answer_logit())
+
+
+def test_gradients_reach_an_analyzer_one_backward_for_each_metric(model: mi.Model, ids: list[list[int]]) -> None:
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Norms(mi.Analyzer):
+        kind: str
+
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(grads={"g": mi.Grad(mi.Sites(self.kind), mi.logit_diff())})
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            return mi.Part(batch.grads["g"].stack(self.kind).flatten(2).norm(dim=-1), "layer example")
+
+    results = mi.run(model, examples(ids), [Norms("resid_pre"), Norms("mlp_out"), Norms("resid_pre")])
+    assert results[0].meta["passes"] == {"rounds": 1, "backward": 1}
+    batch = model.tokenize(examples(ids)).batch(range(3))
+    expected = backward(model, batch, [Site("mlp_out", i) for i in range(3)], mi.logit_diff())
+    for i in range(3):
+        for row in range(3):
+            norm = expected[Read(sites.mlp_out(i))][row].norm()
+            assert float(results[1].data["value"].sel(layer=i, example=row)) == pytest.approx(float(norm), rel=1e-4)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp import sites
+from mechinterp.errors import ExamplesError, SiteError
+from mechinterp.model.hooks import hook_count
+
+
+def test_generation_is_hugging_face_s_own(model: mi.Model, ids: list[list[int]]) -> None:
+    out = model.generate(ids[0], max_new_tokens=6)
+    bare = model.hf.generate(torch.tensor(ids[:1]), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert out.tokens == tuple(bare[0, 9:].tolist())
+    assert out.prompt == tuple(ids[0])
+
+
+def test_reads_of_all_steps_equal_one_full_pass(model: mi.Model, ids: list[list[int]]) -> None:
+    reads = ["resid_post.2", "q.1", "pattern.1", "scores.0", "k_rot.1", sites.pattern(1, heads=2), "z.0"]
+    out = model.generate(ids[0], max_new_tokens=5, reads=reads)
+    full = model.trace([*out.prompt, *out.tokens[:-1]], reads)
+    for site in full:
+        torch.testing.assert_close(out.trace[site], full[site], atol=1e-4, rtol=1e-4)
+    newest = model.generate(ids[0], max_new_tokens=5, reads=sites.resid_post(2, positions="end"))
+    torch.testing.assert_close(newest.trace.stack("resid_post")[0], full["resid_post.2"][:, 8:], atol=1e-4, rtol=1e-4)
+
+
+def test_writes_act_at_every_step(model: mi.Model, ids: list[list[int]]) -> None:
+    """Against the cache-free way: the whole text again for every token."""
+    writes = [mi.Scale(sites.mlp_out(0), -1.0), mi.Zero(sites.z(1, heads=(0, 2))), mi.Scale(sites.pattern(2), 0.5)]
+    text = list(ids[0])
+    for _ in range(5):
+        text.append(int(model.trace(text, sites.logits(), interventions=writes)["logits"][0, -1].argmax()))
+    assert list(model.generate(ids[0], max_new_tokens=5, interventions=writes).tokens) == text[9:]
+    with model.intervene(*writes):
+        assert list(model.generate(ids[0], max_new_tokens=5).tokens) == text[9:]
+    assert list(model.generate(ids[0], max_new_tokens=5).tokens) != text[9:]
+
+
+def test_a_position_counts_from_the_start_of_the_prompt(model: mi.Model, ids: list[list[int]]) -> None:
+    """Position 10 is a generated token: the write waits for it."""
+    write = mi.Zero(sites.resid_pre(0, positions=10))
+    out = model.generate(ids[0], max_new_tokens=5, reads="resid_pre.0", interventions=[write])
+    zero = (out.trace["resid_pre.0"][0] == 0).all(-1)
+    assert zero.nonzero().flatten().tolist() == [10]
+
+
+def test_what_cannot_be_done_while_generating(model: mi.Model, ids: list[list[int]]) -> None:
+    before = hook_count(model.hf)
+    with pytest.raises(SiteError, match="k_rot cannot be written while generating"):
+        model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero("k_rot.0")])
+    with pytest.raises(SiteError, match="cannot be read at every step"):
+        model.generate(ids[0], reads=sites.z(0, positions=3))
+    with pytest.raises(ExamplesError, match="one prompt"):
+        model.generate(ids)
+    assert hook_count(model.hf) == before

@@ -1,0 +1,187 @@
+"""Laws of writing, on every family."""
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp import sites
+from mechinterp.core.interventions import Intervention
+from mechinterp.errors import HookError, SiteError
+from mechinterp.sites import Site
+from tests.test_forward import every_site, padded
+
+
+def logits(model: mi.Model, text: object, *writes: Intervention) -> torch.Tensor:
+    return model.trace(text, "logits", interventions=writes)["logits"]
+
+
+def test_writing_what_is_there_changes_nothing(model: mi.Model, ids: list[list[int]]) -> None:
+    trace = model.trace(ids, every_site(model))
+    for site in every_site(model):
+        patched = logits(model, ids, mi.Replace(site, trace[site]))
+        if site.kind in ("scores", "pattern"):  # the explicit softmax rounds differently from SDPA
+            torch.testing.assert_close(patched, trace["logits"], atol=1e-4, rtol=1e-4)
+        else:
+            assert torch.equal(patched, trace["logits"]), site
+
+
+def test_every_site_matters_and_a_read_sees_what_was_written(model: mi.Model, ids: list[list[int]]) -> None:
+    base = model.trace(ids, every_site(model))
+    for site in every_site(model):
+        def edit(x: torch.Tensor, site: Site = site) -> torch.Tensor:  # norms undo a mere scaling
+            return x * 2 if site.kind == "scores" else x.roll(1, -1)
+
+        changed = model.trace(ids, [site, "logits"], interventions=[mi.Apply(site, edit)])
+        assert (changed["logits"] - base["logits"]).abs().max() > 1e-3, site
+        torch.testing.assert_close(changed[site], edit(base[site]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_write_changes_only_its_own_position_head_and_later(model: mi.Model, ids: list[list[int]]) -> None:
+    reads = [sites.resid_post(1), sites.z(1), sites.resid_post(2)]
+    base = model.trace(ids, reads)
+    one = model.trace(ids, reads, interventions=[mi.Zero(sites.z(1, heads=2, positions=4))])
+    assert torch.equal(one["z.1"][:, :4], base["z.1"][:, :4])
+    assert torch.equal(one["z.1"][:, 5:], base["z.1"][:, 5:])
+    assert torch.equal(one["z.1"][:, 4, [0, 1, 3]], base["z.1"][:, 4, [0, 1, 3]])
+    assert not one["z.1"][:, 4, 2].any()
+    assert torch.equal(one["resid_post.2"][:, :4], base["resid_post.2"][:, :4])
+    assert (one["resid_post.2"][:, 5:] != base["resid_post.2"][:, 5:]).any()
+
+
+def test_patching_the_whole_first_residual_gives_the_other_run(model: mi.Model, ids: list[list[int]]) -> None:
+    other = [row[::-1] for row in ids]
+    source = model.trace(ids, ["resid_pre.0", "logits"])
+    assert torch.equal(logits(model, other, mi.Replace(sites.resid_pre(0), source["resid_pre.0"])), source["logits"])
+
+
+def test_equal_edits_at_different_sites_agree(model: mi.Model, ids: list[list[int]]) -> None:
+    torch.testing.assert_close(
+        logits(model, ids, mi.Zero(sites.head_out(1, heads=(0, 3)))), logits(model, ids, mi.Zero(sites.z(1, heads=(0, 3))))
+    )
+    torch.testing.assert_close(logits(model, ids, mi.Zero(sites.attn_out(1))), logits(model, ids, mi.Zero(sites.z(1))))
+    torch.testing.assert_close(logits(model, ids, mi.Zero(sites.pattern(1))), logits(model, ids, mi.Zero(sites.v(1))), atol=1e-4, rtol=1e-4)
+    shift = torch.randn(model.dims.d_model, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        logits(model, ids, mi.Add(sites.resid_mid(1), shift)), logits(model, ids, mi.Add(sites.attn_out(1), shift))
+    )
+    torch.testing.assert_close(
+        logits(model, ids, mi.Add(sites.resid_post(1), shift)), logits(model, ids, mi.Add(sites.mlp_out(1), shift)), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_written_pattern_mixes_the_values(model: mi.Model, ids: list[list[int]]) -> None:
+    """Against a loop: attention only to oneself makes z the value itself."""
+    eye = torch.eye(9).expand(3, model.dims.n_heads, 9, 9)
+    trace = model.trace(ids, ["z.1", sites.v(1, per_query_head=True), "pattern.1"], interventions=[mi.Replace(sites.pattern(1), eye)])
+    torch.testing.assert_close(trace["z.1"], trace[sites.v(1, per_query_head=True)])
+    assert torch.equal(trace["pattern.1"], eye)
+    one = mi.Replace(sites.pattern(1, heads=2, positions="end"), torch.eye(9)[0])
+    trace = model.trace(ids, ["z.1", "v.1"], interventions=[one])
+    torch.testing.assert_close(trace["z.1"][:, -1, 2], trace["v.1"][:, 0, 1])
+
+
+def test_in_ragged_batches_a_position_is_each_example_s_own(model: mi.Model) -> None:
+    texts = padded(model)
+    write = mi.Scale(sites.resid_pre(1, positions=("end", 0)), 3.0)
+    together = model.trace(texts, sites.resid_post(2, positions="end"), interventions=[write]).stack("resid_post")[0]
+    for row, text in enumerate(texts):
+        alone = model.trace(text, sites.resid_post(2, positions="end"), interventions=[write]).stack("resid_post")[0]
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_spans_of_different_length_are_written_whole(model: mi.Model, ids: list[list[int]]) -> None:
+    examples = mi.Examples.of(ids, spans={"subject": [(1, 4), (2, 3), (0, 2)]})
+    site = sites.embed(positions="subject")
+    trace = model.trace(examples, [sites.embed(), site], interventions=[mi.Zero(site)])
+    for row, (start, stop) in enumerate([(1, 4), (2, 3), (0, 2)]):
+        zero = (trace[sites.embed()][row] == 0).all(-1)
+        assert zero.nonzero().flatten().tolist() == list(range(start, stop))
+        chosen = trace[site][row]
+        assert torch.isnan(chosen[stop - start :]).all()
+        assert not chosen[: stop - start].any()
+
+
+@pytest.mark.parametrize("write", ["add", "mean", "noise", "project", "steer", "apply"])
+def test_each_intervention_does_its_arithmetic(model: mi.Model, ids: list[list[int]], write: str) -> None:
+    site = sites.resid_post(1, positions=(2, 5))
+    base = model.trace(ids, site)[site]
+    rng = torch.Generator().manual_seed(3)
+    vector, other = torch.randn(32, generator=rng), torch.randn(32, generator=rng)
+    reference = torch.randn(4, 7, 32, generator=rng)
+    reference[0, 6] = float("nan")
+    edits = {
+        "add": (mi.Add(site, vector), base + vector),
+        "mean": (mi.Mean(site, reference), reference.flatten(0, 1)[[i for i in range(28) if i != 6]].mean(0).expand_as(base)),
+        "noise": (mi.Noise(site, 0.5, seed=1), None),
+        "project": (mi.Project(site, torch.stack([vector, other])), None),
+        "steer": (mi.Steer(site, vector, 2.0), base + 2 * vector / vector.norm()),
+        "apply": (mi.Apply(site, lambda x: x.abs()), base.abs()),
+    }
+    edit, expected = edits[write]
+    got = model.trace(ids, site, interventions=[edit])[site]
+    if expected is not None:
+        torch.testing.assert_close(got, expected)
+    if write == "noise":
+        draw = got - base
+        torch.testing.assert_close(draw, draw[:1].expand_as(draw), atol=1e-5, rtol=0)  # one draw for all examples
+        assert 0.3 < draw[0].std() < 0.7
+        again = model.trace(ids[:1], site, interventions=[edit])[site]
+        torch.testing.assert_close(again[0], got[0], atol=1e-5, rtol=0)
+    if write == "project":
+        assert (got @ vector).abs().max() < 1e-4
+        assert (got @ other).abs().max() < 1e-4
+        torch.testing.assert_close(mi.Project(site, torch.stack([vector, other]))(got), got, atol=1e-4, rtol=0)
+
+
+def test_several_writes_act_in_order(model: mi.Model, ids: list[list[int]]) -> None:
+    site = sites.mlp_out(1)
+    base = model.trace(ids, site)[site]
+    both = [mi.Add(site, torch.ones(32)), mi.Scale(site, 2.0)]
+    torch.testing.assert_close(model.trace(ids, site, interventions=both)[site], (base + 1) * 2)
+    torch.testing.assert_close(model.trace(ids, site, interventions=both[::-1])[site], base * 2 + 1)
+
+
+def test_intervene_acts_on_every_call_inside_and_none_outside(model: mi.Model, ids: list[list[int]]) -> None:
+    tensor = torch.tensor(ids)
+    with torch.no_grad():
+        bare = model.hf(tensor).logits
+        with model.intervene(mi.Zero(sites.z(1, heads=3)), mi.Scale("pattern.0", 0.5)):
+            inside = model.hf(tensor).logits
+            traced = model.trace(ids, ["logits", "pattern.0"])
+            with model.intervene(mi.Zero("mlp_out.0")):
+                deeper = model.hf(tensor).logits
+        assert torch.equal(model.hf(tensor).logits, bare)
+    assert torch.equal(traced["logits"], inside)
+    torch.testing.assert_close(traced["pattern.0"].sum(-1), torch.full((3, 4, 9), 0.5))
+    assert not torch.equal(inside, bare)
+    both = [mi.Zero(sites.z(1, heads=3)), mi.Scale("pattern.0", 0.5), mi.Zero("mlp_out.0")]
+    torch.testing.assert_close(deeper, logits(model, ids, *both))
+
+
+def test_a_write_that_is_never_reached_is_an_error(model: mi.Model, ids: list[list[int]]) -> None:
+    with pytest.raises(HookError, match=r"Zero at z.2 was never reached"):
+        model.trace(ids, "resid_post.0", interventions=[mi.Zero(sites.z(2))])
+    with pytest.raises(HookError, match="never reached"), model.intervene(mi.Zero(sites.z(0, positions=40))):
+        model.trace(ids, "resid_post.0")
+    with model.intervene(mi.Zero(sites.z(2))):
+        pass  # the model did not run, so nothing was missed
+
+
+def test_a_write_of_another_shape_is_an_error(model: mi.Model, ids: list[list[int]]) -> None:
+    with pytest.raises(HookError, match=r"returned shape .* same shape"):
+        logits(model, ids, mi.Apply(sites.z(0, heads=1), lambda x: x[:, :2]))
+    with pytest.raises(SiteError, match="per query head"):
+        logits(model, ids, mi.Zero(sites.v(0, per_query_head=True)))
+
+
+def test_writes_at_all_positions_start_at_the_first_real_token(model: mi.Model) -> None:
+    """A value with a position axis means the same tokens whatever the padding."""
+    from mechinterp.core.trace import Read
+    from mechinterp.engine.forward import forward
+
+    tokens = model.tokenize(padded(model))
+    ramp = mi.Add(sites.resid_pre(0), torch.arange(9.0)[:, None] * torch.ones(32) / 10)
+    read = Read(Site("resid_post", 2, positions="end"))
+    right = forward(model, tokens.batch(range(3)), [read], writes=[ramp]).values[read]
+    left = forward(model, tokens.batch(range(3), padding_side="left"), [read], writes=[ramp]).values[read]
+    torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
