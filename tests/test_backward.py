@@ -31,13 +31,14 @@ def test_gradients_equal_finite_differences_at_every_site(model: mi.Model, ids: 
         step = torch.randn(value.shape, generator=rng, dtype=torch.float64)
         if site.kind == "scores":
             step = step.masked_fill(torch.isinf(value), 0.0)
+        step = step / step.flatten(1).norm(dim=1).reshape(-1, *[1] * (step.ndim - 1))
         both = []
-        for sign in (1e-5, -1e-5):
+        for sign in (1e-2, -1e-2):  # norms are computed in fp32, whatever the model's dtype
             passed = forward(model, batch, (), [metric], [mi.Replace(site, value + sign * step)])
             both.append(score(metric, batch, passed))
-        numeric = (both[0] - both[1]) / 2e-5
+        numeric = (both[0] - both[1]) / 2e-2
         exact = torch.where(grad == 0, 0.0, grad * step).flatten(1).sum(1)
-        torch.testing.assert_close(exact, numeric, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(exact, numeric, atol=2e-3, rtol=2e-3, msg=lambda m, site=site: f"{site}: {m}")
 
 
 def test_selected_gradients_are_slices(model: mi.Model, ids: list[list[int]]) -> None:
