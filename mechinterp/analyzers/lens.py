@@ -91,7 +91,7 @@ class LogitLens(Analyzer):
         result = Result.of(parts, unit="probability")
         data = result.data
         ids = data["top_id"].values
-        names = context.model.to_str_tokens(ids.clip(min=0).ravel())
+        names = context.model.to_str_tokens(ids.clip(min=0).ravel().tolist())
         data["top_token"] = (data["top_id"].dims, np.where(ids < 0, "", np.array(names, dtype=str).reshape(ids.shape)))
         views: list[View] = []
         if "prob" in data:

@@ -82,9 +82,8 @@ def forward(
 
 def score(metric: Metric, batch: TokenBatch, passed: Passed, reference: Passed | None = None) -> Tensor:
     """The metric of a pass, one number an example."""
-    values = metric.score(
-        passed.logits[metric], batch, passed.rows[metric], None if reference is None else reference.logits[metric]
-    )
+    against = reference.logits[metric] if metric.compares and reference is not None else None
+    values = metric.score(passed.logits[metric], batch, passed.rows[metric], against)
     if values.shape != (len(batch),):
         raise ExamplesError(
             f"the metric {metric} gave shape {tuple(values.shape)} for {len(batch)} examples; return one number for each"

@@ -168,7 +168,8 @@ def _round(state: Run, analyzers: list[Analyzer], number: int) -> list["Result |
     outcomes: list[Result | Analyzer] = []
     for analyzer, some, traces in zip(analyzers, parts, theirs, strict=True):
         tokens = state.tokens or Examples.of([(0,)]).tokenize(None)
-        outcome: Any = analyzer.combine(iter(some), Context(state.model, tokens, traces, state.seed))
+        with torch.no_grad():
+            outcome: Any = analyzer.combine(iter(some), Context(state.model, tokens, traces, state.seed))
         if not isinstance(outcome, Result | Analyzer):
             raise NeedsError(f"{analyzer.name}.combine must return a Result or an Analyzer. Got {type(outcome).__name__}")
         outcomes.append(outcome)
@@ -223,9 +224,10 @@ def _with_backoff(
     state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping[str, Trace]]
 ) -> Iterator[list[Part | None]]:
     """One batch; halved, and halved again, when memory runs out."""
-    if state.limit is not None and len(rows) > state.limit:
-        for start in range(0, len(rows), state.limit):
-            yield from _with_backoff(state, rows[start : start + state.limit], work, own)
+    limit = state.limit or len(rows)
+    if len(rows) > limit:
+        for start in range(0, len(rows), limit):
+            yield from _with_backoff(state, rows[start : start + limit], work, own)
         return
     try:
         done = _batch(state, rows, work, own)

@@ -142,16 +142,17 @@ def sweep_full(
             reads[site].append(passed.values[Read(site)])
         tick(1)
     shape = tuple(len(entries) for _, entries in grid.axes)
-    base, of_source = runs[sweep.base], runs.get(sweep.source)
-    if sweep.given and metrics:
-        base = forward(model, base_batch, (), metrics, sweep.given)
+    base = of_source = None
+    if sweep.metric is not None:
+        unedited = forward(model, base_batch, (), metrics, sweep.given) if sweep.given else runs[sweep.base]
+        base = score(sweep.metric, base_batch, unedited, clean)
+        if sweep.patches:
+            of_source = score(sweep.metric, batch.run(sweep.source), runs[sweep.source], clean)
     return Swept(
         values=torch.stack(values, 1).reshape(len(batch), *shape) if values else None,
         axes=tuple(name for name, _ in grid.axes),
-        base=None if sweep.metric is None else score(sweep.metric, base_batch, base, clean),
-        source=None
-        if sweep.metric is None or not sweep.patches or of_source is None
-        else score(sweep.metric, batch.run(sweep.source), of_source, clean),
+        base=base,
+        source=of_source,
         reads={site: torch.stack(v, 1).reshape(len(batch), *shape, *v[0].shape[1:]) for site, v in reads.items()},
         coords=dict(grid.axes),
     )
