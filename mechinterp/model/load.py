@@ -134,12 +134,12 @@ def convert_gguf(path: Path) -> Path:
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
             )
-            # It is dequantized now; transformers would refuse to save what still calls itself GGUF.
-            hf.hf_quantizer = None
-            hf.config.__dict__.pop("quantization_config", None)
-            with _quietly():
-                hf.save_pretrained(scratch)
-                tokenizer.save_pretrained(scratch)
+        # It is dequantized now; transformers would refuse to save what still calls itself GGUF.
+        hf.hf_quantizer = None
+        hf.config.__dict__.pop("quantization_config", None)
+        with _quietly():
+            hf.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
         os.replace(scratch, target)
     except OSError as error:
         if (target / "config.json").is_file():  # another process was faster
