@@ -46,8 +46,7 @@ class Greedy(mi.Analyzer):
     """Reads as much as it can, to disturb others."""
 
     def needs(self, model: mi.Model) -> mi.Needs:
-        reads: list[Any] = [Read(s.site if isinstance(s, Read) else s) for s in mi.sites.resolve(["z", "pattern", "logits", "mlp_act"], model.dims.n_layers)]
-        reads.append(Read(mi.Site("pattern", 1), reduce=Reduce(per_query, "example head query")))
+        reads = ["z", "pattern", "logits", "mlp_act", Read("pattern.1", reduce=Reduce(per_query, "example head query"))]
         return mi.Needs(reads=reads, grads={"g": mi.Grad(sites.pattern(), mi.logit_diff())})
 
     def observe(self, batch: mi.Batch) -> mi.Part:

@@ -1,6 +1,6 @@
 """Head roles: previous-token, local, first-token, duplicate-token and induction heads, with nulls."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechinterp import sites
-from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Own, as_reads
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Own
 from mechinterp.core.examples import TokenBatch
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import fdr, summarize
@@ -57,9 +57,8 @@ class HeadRoles(Analyzer):
         if self.sequences:
             examples = induction(model, self.sequences, self.length, self.seed, control=True)
             offsets = OffsetMass(self.length, int(examples.spans["first"][0][0]))
-            reads = [Read(r.site, reduce=Reduce(offsets, "example role head")) for r in _patterns(model)]
-            on["random"] = Own(examples, reads)
-        return Needs(reads=[Read(r.site, reduce=Reduce(role_mass, "example role head")) for r in _patterns(model)], on=on)
+            on["random"] = Own(examples, Read(sites.pattern(), reduce=Reduce(offsets, "example role head")))
+        return Needs(reads=Read(sites.pattern(), reduce=Reduce(role_mass, "example role head")), on=on)
 
     def observe(self, batch: Batch) -> Part:
         mass = batch.clean.stack("pattern")  # layer example role head, summed over queries
@@ -173,10 +172,6 @@ class OffsetMass:
 def _visible(batch: TokenBatch) -> Tensor:
     """How many keys each query sees, ``example query``."""
     return batch.mask.cumsum(1)
-
-
-def _patterns(model: Model) -> Sequence[Read]:
-    return as_reads(sites.pattern(), model.dims.n_layers)
 
 
 def _views(texts: list[str]) -> tuple[View, ...]:

@@ -6,7 +6,7 @@ Neither side imports the other: all that they share is in this file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -200,6 +200,7 @@ def as_reads(wanted: Wanted, n_layers: int) -> tuple[Read, ...]:
     many = (wanted,) if isinstance(wanted, Site | Sites | str | Read) else tuple(wanted)
     out: list[Read] = []
     for one in many:
-        out += [one] if isinstance(one, Read) else [Read(site) for site in resolve(one, n_layers)]
+        read = one if isinstance(one, Read) else Read(one)
+        out += [replace(read, sites=site) for site in resolve(read.sites, n_layers)]
     return tuple(dict.fromkeys(out))
 

@@ -121,7 +121,7 @@ class Result:
     def table(self, name: str | None = None) -> pd.DataFrame:
         """Tidy table of the variables that share the axes of `name` (default: the first variable).
 
-        One row per number; padding rows are left out.
+        One row per number; rows whose floats are all NaN are padding, and left out.
 
         Raises:
             NeedsError: no variable has that name.
@@ -131,8 +131,11 @@ class Result:
             raise NeedsError(f"this result has no {name!r}; it has {', '.join(names)}")
         dims = self.data[name or names[0]].dims
         group = [n for n in names if self.data[n].dims == dims]
-        frame = self.data[group].to_dataframe(dim_order=list(dims)) if dims else self.data[group].to_pandas().to_frame().T
-        frame = frame.reset_index().dropna(subset=group, how="all")
+        if not dims:
+            return pd.DataFrame({n: [self.data[n].item()] for n in group})
+        frame: Any = self.data[group].to_dataframe(dim_order=list(dims)).reset_index()
+        floats = [n for n in group if self.data[n].dtype.kind == "f"]  # integers and strings have no NaN to pad with
+        frame = frame.dropna(subset=floats, how="all") if floats else frame
         columns = [c for c in frame.columns if c not in group]
         return frame[[*columns, *group]].reset_index(drop=True)
 

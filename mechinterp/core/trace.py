@@ -1,7 +1,7 @@
 """Trace: what was read in one pass. Read and Reduce: what to read."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -45,11 +45,18 @@ class Reduce:
 
 @dataclass(frozen=True)
 class Read:
-    """One read: a site, of which run of a pair, and optionally reduced inside the pass."""
+    """What to read: one site or several, of which run of a pair, and optionally reduced inside the pass."""
 
-    site: Site
+    sites: Site | Sites | str
     of: Run = "clean"
     reduce: Reduce | None = None
+
+    @property
+    def site(self) -> Site:
+        """The one site of a read that the engine has made single."""
+        if not isinstance(self.sites, Site):
+            raise NeedsError(f"{self.sites} may be several sites; name one, such as sites.z(3)")
+        return self.sites
 
 
 class Trace:
@@ -74,6 +81,10 @@ class Trace:
         """
         if isinstance(key, Sites):
             return self.stack(key.kind, key)
+        if isinstance(key, Read) and isinstance(key.sites, Sites):
+            layers = key.sites.layers or sorted(r.site.layer or 0 for r in self._tensors if r.site.kind == key.sites.kind)
+            singles = key.sites.of(max(layers, default=-1) + 1)
+            return torch.stack([self[replace(key, sites=s)] for s in singles if s.layer in layers])
         if isinstance(key, Read):
             found = [r for r in self._tensors if r == key]
         else:

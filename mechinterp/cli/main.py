@@ -1,0 +1,236 @@
+"""mechinterp demo, run and trace.
+
+Exit status: 0, 1 for a failure (one line on standard error; --debug shows the traceback), 2 for
+wrong usage, 130 after Ctrl-C.
+"""
+
+import contextlib
+import inspect
+import os
+import shlex
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Generator
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mechinterp as mi
+from mechinterp.errors import MechinterpError
+
+# Nothing here imports torch before a command needs it, so that --help is quick.
+
+
+class Chosen(StrEnum):
+    """The analyzers that the command line knows."""
+
+    LENS = "logit-lens"
+    DIRECT = "direct-logit-attribution"
+    ROLES = "head-roles"
+
+
+ANALYZERS = {Chosen.LENS: "LogitLens", Chosen.DIRECT: "DirectLogitAttribution", Chosen.ROLES: "HeadRoles"}
+PROVENANCE = (
+    *("model", "model_hash", "dtype", "device", "kernel", "threads"),
+    *("python", "versions", "engine", "seed", "passes"),
+)
+"""What the results of one run have in common, for the manifest."""
+READERS = {".jsonl": "from_jsonl", ".csv": "from_csv"}
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ModelName = Annotated[str, typer.Option("--model", help="smollm2 (bundled), a folder, a .gguf file, or a hub id.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts, random tokens, bootstrap and permutations.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for tables, figures and the report.")]
+
+app = typer.Typer(
+    name="mechinterp",
+    help="Mechanistic interpretability of Qwen and Llama models: many analyzers over one shared forward pass.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"mechinterp {mi.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Set up what must be set before transformers is imported."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+@app.command()
+def demo(
+    model: ModelName = "smollm2",
+    n: Annotated[int, typer.Option("--n", min=1, help="How many prompts.")] = 32,
+    seed: Seed = 0,
+    out: Out = Path("mechinterp-demo"),
+    debug: Debug = False,
+) -> None:
+    """Three analyzers on indirect-object prompts, from one shared pass; ends with an HTML report."""
+    with _reported(debug):
+        _check_out(out)
+        examples = mi.tasks.ioi(n=n, seed=seed)
+        title = f"Indirect objects in {Path(model).name}: lens, direct attribution and head roles"
+        _study(model, examples, list(ANALYZERS), out, title, seed, f"mi.tasks.ioi(n={n}, seed={seed})")
+
+
+@app.command()
+def run(
+    examples: Annotated[Path, typer.Argument(help="A .jsonl or .csv file: text (or clean, corrupted), answer, wrong.")],
+    model: ModelName = "smollm2",
+    analyzer: Annotated[
+        list[Chosen] | None, typer.Option("--analyzer", help="Repeat for several; all by default.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Examples a batch.")] = None,
+    seed: Seed = 0,
+    out: Out = Path("mechinterp-run"),
+    debug: Debug = False,
+) -> None:
+    """The same analyzers on your own examples."""
+    if examples.suffix not in READERS:
+        raise typer.BadParameter(f"{examples} is neither .jsonl nor .csv", param_hint="EXAMPLES")
+    with _reported(debug):
+        _check_out(out)
+        own: mi.Examples = getattr(mi.Examples, READERS[examples.suffix])(examples)
+        chosen = list(dict.fromkeys(analyzer or ANALYZERS))
+        if own.answers is None and analyzer is None:
+            chosen.remove(Chosen.DIRECT)
+            typer.echo("direct-logit-attribution is left out: the examples have no answers", err=True)
+        _study(model, own, chosen, out, f"{examples.name} in {Path(model).name}", seed, str(examples), batch_size)
+
+
+@app.command()
+def trace(
+    model: Annotated[str, typer.Argument(help="smollm2 (bundled), a folder, a .gguf file, or a hub id.")],
+    text: Annotated[str, typer.Argument(help="The prompt.")],
+    sites: Annotated[list[str], typer.Argument(help="Such as resid_post, pattern.5, z.10.h3@end.")],
+    debug: Debug = False,
+) -> None:
+    """Just look: read sites in one pass, and show their axes, shapes and mean norms."""
+    with _reported(debug):
+        from mechinterp.sites import resolve
+
+        for site in sites:
+            resolve(site, 1)  # a typo is found before the model loads
+        seen = mi.Model.load(model).trace(text, sites)
+        rows = [("site", "axes", "shape", "mean norm over the last axis")]
+        for read in seen.reads:
+            value = seen[read]
+            norm = f"{float(value.float().norm(dim=-1).mean()):.4g}"
+            rows.append((str(read.site), " ".join(_axes(read.site)), " ".join(map(str, value.shape)), norm))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        for row in rows:
+            typer.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+def _axes(site: "mi.Site") -> list[str]:
+    """The axes that are left once single heads and positions have dropped theirs."""
+    gone: set[str] = set()
+    if isinstance(site.heads, int):
+        gone |= {"head", "kv_head"}
+    if site.positions is not None and not isinstance(site.positions, tuple):
+        gone |= {"pos", "query"}
+    return [axis for axis in site.axes if axis not in gone]
+
+
+def _check_out(out: Path) -> None:
+    from mechinterp.report.study import check_study
+
+    check_study(out)
+
+
+def _study(
+    name: str,
+    examples: "mi.Examples",
+    chosen: list[Chosen],
+    out: Path,
+    title: str,
+    seed: int,
+    source: str,
+    batch_size: int | None = None,
+) -> None:
+    """Load, plan, run, summarize, write: what demo and run share."""
+    from mechinterp.cli.summary import findings
+    from mechinterp.report.study import write_study
+
+    begun = time.perf_counter()
+    model = mi.Model.load(name)
+    typer.echo(f"{model}\n")
+    loaded = time.perf_counter()
+    makers: list[Any] = [getattr(mi, ANALYZERS[c]) for c in chosen]
+    analyzers: list[mi.Analyzer] = [make(seed=seed) if make is mi.HeadRoles else make() for make in makers]
+    plan = mi.plan(model, examples, analyzers, batch_size=batch_size)
+    typer.echo(f"{plan}\n")
+    results = mi.run(model, examples, analyzers, batch_size=batch_size, seed=seed, progress=True)
+    ran = time.perf_counter()
+    summary = findings(results, plan)
+    for line in summary:
+        typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
+    manifest = {
+        **{key: results[0].meta[key] for key in PROVENANCE},
+        "analyzers": {str(r.meta["analyzer"]): dict(r.meta["options"]) for r in results},
+        "examples": source,
+        "n_examples": len(examples),
+        "command": shlex.join(["mechinterp", *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": {"load": round(loaded - begun, 2), "run": round(ran - loaded, 2)},
+    }
+    typer.echo("\nwriting tables, figures and the report ...", err=True)
+    explanations = {a.name: _explanation(type(a)) for a in analyzers}
+    report = write_study(
+        out, title, results, plan=str(plan), manifest=manifest, summary=summary, explanations=explanations
+    )
+    typer.echo(f"\nreport: {report}")
+
+
+def _explanation(kind: type) -> str:
+    """The paragraphs of a docstring before it turns to the result's columns and the options."""
+    paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
+    cut = next((i for i, p in enumerate(paragraphs) if p.startswith(("Result", "Attributes:"))), len(paragraphs))
+    return "\n\n".join(paragraphs[:cut])
+
+
+@contextlib.contextmanager
+def _reported(debug: bool) -> Generator[None, None, None]:
+    """One line on standard error instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing half-written is left", err=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        said = " ".join(str(error).split())
+        if not isinstance(error, MechinterpError):
+            said = f"unexpected {type(error).__name__}: {said}; run again with --debug and report what it shows"
+        typer.echo(f"error: {said}", err=True)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The findings of a study in sentences, for the terminal and the top of the report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mechinterp.core.result import Result
+from mechinterp.core.statistics import summarize
+from mechinterp.engine.plan import Plan
+
+ROLE_NAMES = {"induction": "Induction heads", "previous": "Previous-token heads"}
+
+
+def findings(results: Sequence[Result], plan: Plan) -> list[str]:
+    """What the results say, a sentence or two each, and what was shared in making them."""
+    by_name = {str(r.meta.get("analyzer")): r for r in results}
+    lens, direct, roles = (by_name.get(n) for n in ("LogitLens", "DirectLogitAttribution", "HeadRoles"))
+    out: list[str] = []
+    if lens is not None:
+        out += _task(lens) + _lens(lens)
+    if direct is not None:
+        out += _direct(direct, lens)
+    if roles is not None:
+        out += _roles(roles)
+    return out + _shared(plan, results)
+
+
+def _task(lens: Result) -> list[str]:
+    """How well the model does the task: its own prediction is the lens at the last layer."""
+    last = lens.data.isel(layer=-1)
+    n = last.sizes["example"]
+    if "logit_diff" in last:
+        values = last["logit_diff"].values
+        s = summarize(values)
+        return [
+            f"Task: the model prefers the right answer on {int((values > 0).sum())} of {n} prompts;"
+            f" mean logit difference {s.mean:.2f} (95% interval {s.ci_low:.2f} to {s.ci_high:.2f})."
+        ]
+    if "rank" in last:
+        right = int((last["rank"].values == 0).sum())
+        return [f"Task: the right answer is the model's top token on {right} of {n} prompts."]
+    return []
+
+
+def _lens(lens: Result) -> list[str]:
+    if "rank" not in lens.data:
+        return ["Logit lens: the examples have no answers to look for; the top tokens are in the table."]
+    share = (lens.data["rank"] == 0).mean("example")
+    layers = [int(i) for i in lens.data["layer"].values]
+    found = [i for i, s in zip(layers, share.values, strict=True) if s > 0.5]
+    if not found:
+        best = int(np.argmax(share.values))
+        return [
+            f"Logit lens: at no layer is the right answer the top token for most prompts"
+            f" (best: layer {layers[best]}, {share.values[best]:.0%})."
+        ]
+    return [
+        f"Logit lens: the right answer is the top token for most prompts first at layer {found[0]}"
+        f" (layers are 0 to {layers[-1]}), for {float(share.sel(layer=found[0])):.0%} of them."
+    ]
+
+
+def _direct(direct: Result, lens: Result | None) -> list[str]:
+    table: Any = direct.table("mean")
+    top = table.reindex(table["mean"].abs().sort_values(ascending=False, kind="stable").index[:5])
+    named = ", ".join(
+        f"{r.component} {r.mean:+.2f} ({r.ci_low:.2f} to {r.ci_high:.2f})" for r in top.itertuples(index=False)
+    )
+    total = direct.data["attribution"].sum("component")
+    sums = f"All {len(table)} components sum to {float(total.mean()):.2f} logits"
+    if lens is not None and "logit_diff" in lens.data:
+        target = lens.data["logit_diff"].isel(layer=-1)
+        off = float(abs(total.values - target.values).max())
+        sums += f"; the logit difference is {float(target.mean()):.2f} (largest gap on a prompt: {off:.0e})"
+    return [f"Direct logit attribution: the largest components are {named}.", f"{sums}."]
+
+
+def _roles(roles: Result) -> list[str]:
+    table: Any = roles.table("score")
+    out: list[str] = []
+    for role, name in ROLE_NAMES.items():
+        for text, where in (("random", "repeated random tokens"), ("prompts", "the prompts")):
+            mine = table[(table["role"] == role) & (table["text"] == text)]
+            if len(mine):
+                out.append(f"{name} on {where}: {_heads(mine)}.")
+                break
+    return out
+
+
+def _heads(table: Any) -> str:
+    """Of one role on one text: the heads that stand out, strongest first."""
+    top = table[table["specialised"]].sort_values("score", ascending=False, kind="stable").head(5)
+    if top.empty:
+        return "no head stands out from its null"
+    named = ", ".join(
+        f"a{r.layer}.h{r.head} {r.score:.2f} (null {r.null:.2f}, q {r.q:.1g})" for r in top.itertuples(index=False)
+    )
+    rest = int(table["specialised"].sum()) - len(top)
+    return named + (f", and {rest} more" if rest else "")
+
+
+def _shared(plan: Plan, results: Sequence[Result]) -> list[str]:
+    served: list[str] = []
+    for one in plan.passes:
+        count = one.batches * one.rows
+        what = (
+            "the prompts"
+            if one.run != "own"
+            else "repeated random tokens"
+            if "HeadRoles" in one.users
+            else "own examples"
+        )
+        served.append(f"{count} {one.what} {'pass' if count == 1 else 'passes'} over {what} for {', '.join(one.users)}")
+    made = dict(results[0].meta.get("passes", {})).get("forward", 0) if results else 0
+    return [f"Shared: {'; '.join(served)}. Forward passes made in all: {made}."]

@@ -1,0 +1,310 @@
+"""Panels: the arrays of one figure, worked out once, so that every back-end draws the same numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from mechinterp.core.result import Result, View
+from mechinterp.errors import OutputError
+
+Numbers: TypeAlias = npt.NDArray[np.float64]
+
+LARGEST = 15
+"""Bars in a figure of the largest entries."""
+TEXT_COLUMNS = 40
+"""With more columns than this, cells are too narrow for text."""
+TOKEN_WIDTH = 7
+"""Characters of a token that fit into a cell."""
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Heat:
+    """``values`` over ``y x``; row 0 is `y[0]`, drawn at the bottom when `upward`."""
+
+    title: str
+    note: str
+    label: str
+    """What the colours mean."""
+    values: Numbers
+    x: tuple[str, ...]
+    y: tuple[str, ...]
+    x_name: str
+    y_name: str
+    low: float
+    high: float
+    diverging: bool
+    upward: bool
+    text: npt.NDArray[Any] | None = None
+    """Strings ``y x``, whole."""
+    q: Numbers | None = None
+    """``y x``; None where the result has none."""
+    marked: npt.NDArray[np.bool_] | None = None
+    """Cells with q < .05 (and above their null, where the result has one), ``y x``."""
+
+    @property
+    def cell_text(self) -> npt.NDArray[Any]:
+        """What is written into each cell, ``y x``: the text where it fits, and a dot where it is marked."""
+        out = (
+            np.full(self.values.shape, "", object)
+            if self.marked is None
+            else np.where(self.marked, "•", "").astype(object)
+        )
+        if self.text is not None and len(self.x) <= TEXT_COLUMNS:
+            out = np.vectorize(lambda t: visible(t, TOKEN_WIDTH), otypes=[object])(self.text) + out
+        return out
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: `values` over `x`, with the ends of its interval where there is one."""
+
+    name: str
+    x: npt.NDArray[Any]
+    values: Numbers
+    low: Numbers | None = None
+    high: Numbers | None = None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over a shared axis, numeric or of names."""
+
+    title: str
+    note: str
+    label: str
+    x_name: str
+    x: tuple[str, ...]
+    """Names of the places on the axis; empty when it is numeric."""
+    series: tuple[Series, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The entries with the largest absolute value, largest first."""
+
+    title: str
+    note: str
+    label: str
+    names: tuple[str, ...]
+    values: Numbers
+    solid: npt.NDArray[np.bool_]
+    """False where q ≥ .05: drawn paler."""
+    low: Numbers | None = None
+    high: Numbers | None = None
+
+
+Panel: TypeAlias = Heat | Lines | Bars
+
+
+def panel(result: Result, view: View) -> Panel:
+    """The arrays of one view.
+
+    Raises:
+        OutputError: the view names a column that its table lacks, or nothing is left to draw.
+    """
+    frame = rows(result, view)
+    if frame.empty:
+        raise OutputError(f"the figure {view.title!r} has nothing to show: every {view.value} is missing; use .table()")
+    if view.kind == "heatmap":
+        return _heat(frame, view)
+    return _lines(frame, view) if view.kind == "lines" else _bars(frame, view)
+
+
+def rows(result: Result, view: View) -> pd.DataFrame:
+    """The rows of the result's tidy table that a view shows; none when all its values are missing.
+
+    Raises:
+        OutputError: the view names a column that its table lacks, or an entry that a column lacks.
+    """
+    if view.value not in result.data.data_vars:
+        have = ", ".join(str(n) for n in result.data.data_vars)
+        raise OutputError(
+            f"the figure {view.title!r} shows {view.value!r}, and the result has {have}; correct its View"
+        )
+    frame: Any = result.table(view.value)
+    wanted = [view.value, view.x, view.y, view.by, view.text, *view.select]
+    if missing := [c for c in wanted if c is not None and c not in frame.columns]:
+        raise OutputError(
+            f"the figure {view.title!r} needs the column {missing[0]!r}, and its table has"
+            f" {', '.join(map(str, frame.columns))}; correct its View"
+        )
+    if view.kind == "heatmap" and view.y is None:
+        raise OutputError(f"the heatmap {view.title!r} has no y; name the column of its rows in the View")
+    for column, value in view.select.items():
+        wanted = value if isinstance(value, tuple | list) else [value]
+        entries = list(result.data[column].values.ravel()) if column in result.data else list(frame[column])
+        if gone := [w for w in wanted if w not in entries]:
+            known = ", ".join(map(str, list(dict.fromkeys(entries))[:12]))
+            raise OutputError(
+                f"the figure {view.title!r} selects {column} {gone[0]!r}, which is none of {known}; correct it"
+            )
+        frame = frame[frame[column].isin(wanted)]
+    shown = np.isfinite(frame[view.value].to_numpy(float)).any()
+    return frame.reset_index(drop=True) if shown else frame.iloc[:0]
+
+
+def visible(text: str, width: int | None = None) -> str:
+    """A token with its spaces, newlines and unprintable characters shown, cut to `width` characters."""
+    shown = "".join(
+        "␣" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
+    )
+    return shown if width is None or len(shown) <= width else shown[: width - 1] + "…"
+
+
+def every(n: int, most: int) -> list[int]:
+    """Indices of at most `most` of `n` ticks, evenly spaced, from the first."""
+    steps = [s * 10**e for e in range(7) for s in (1, 2, 5)]
+    return list(range(0, n, next((s for s in steps if n <= s * most), n)))
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Rows of a table gathered into cells of a grid; what shares a cell is averaged."""
+
+    frame: pd.DataFrame
+    at: tuple[npt.NDArray[np.intp], ...]
+    shape: tuple[int, ...]
+    single: bool = field(init=False)
+    """Whether no cell holds two rows: only then do intervals, q and text belong to a cell."""
+
+    def __post_init__(self) -> None:
+        counts = np.zeros(self.shape, int)
+        np.add.at(counts, self.at, 1)
+        object.__setattr__(self, "single", bool((counts <= 1).all()))
+
+    def mean(self, column: str) -> Numbers:
+        values = self.frame[column].to_numpy(float)
+        ok = np.isfinite(values)
+        where = tuple(a[ok] for a in self.at)
+        sums, counts = np.zeros(self.shape), np.zeros(self.shape)
+        np.add.at(sums, where, values[ok])
+        np.add.at(counts, where, 1)
+        return np.divide(sums, counts, out=np.full(self.shape, np.nan), where=counts > 0)
+
+    def own(self, column: str) -> Numbers | None:
+        """A column that cannot be averaged, or None."""
+        return self.mean(column) if self.single and column in self.frame.columns else None
+
+    def interval(self) -> tuple[Numbers, Numbers] | tuple[None, None]:
+        low, high = self.own("ci_low"), self.own("ci_high")
+        return (None, None) if low is None or high is None else (low, high)
+
+
+def _cells(frame: pd.DataFrame, *columns: str) -> tuple[_Cells, list[npt.NDArray[Any]]]:
+    """The grid over some columns, and the entries along each: numbers sorted, names as they come."""
+    at: list[npt.NDArray[np.intp]] = []
+    entries: list[npt.NDArray[Any]] = []
+    for column in columns:
+        values = frame[column]
+        codes, unique = pd.factorize(values, sort=pd.api.types.is_numeric_dtype(values))
+        at.append(np.asarray(codes, dtype=np.intp))
+        entries.append(np.asarray(unique))
+    return _Cells(frame, tuple(at), tuple(len(e) for e in entries)), entries
+
+
+def _heat(frame: pd.DataFrame, view: View) -> Heat:
+    assert view.y is not None
+    cells, (y, x) = _cells(frame, view.y, view.x)
+    values = cells.mean(view.value)
+    low, high = _limits(values, view.center)
+    q, null, marked = cells.own("q"), cells.own("null"), None
+    if q is not None:
+        marked = np.nan_to_num(q, nan=1.0) < ALPHA
+        if null is not None:  # tests have two sides, and a cell below its null is no finding here
+            marked &= values > null
+    text = None
+    if view.text is not None and cells.single:
+        text = np.full(cells.shape, "", dtype=object)
+        text[cells.at] = frame[view.text].astype(str).to_numpy(object)
+    return Heat(
+        title=view.title or f"{view.value} by {view.y} and {view.x}",
+        note="" if q is None or marked is None else _dots(q, marked, " above the null" if null is not None else ""),
+        label=view.unit or view.value,
+        values=values,
+        x=_names(x),
+        y=_names(y),
+        x_name=view.x,
+        y_name=view.y,
+        low=low,
+        high=high,
+        diverging=view.center is not None,
+        upward=bool(np.issubdtype(y.dtype, np.number)),
+        text=text,
+        q=q,
+        marked=marked,
+    )
+
+
+def _dots(q: Numbers, marked: npt.NDArray[np.bool_], above: str) -> str:
+    if not marked.any():
+        return f"no cell is{above or ' significant'} (q < .05)" if np.isfinite(q).any() else "too few examples to test"
+    return f"•{above}{',' if above else ''} q < .05; no dot: not significant"
+
+
+def _limits(values: Numbers, center: float | None) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    if center is not None:
+        reach = float(np.abs(finite - center).max()) or 1.0
+        return center - reach, center + reach
+    low, high = float(finite.min()), float(finite.max())
+    low = 0.0 if low > 0 else low  # amounts start at nothing
+    return low, high if high > low else low + 1.0
+
+
+def _lines(frame: pd.DataFrame, view: View) -> Lines:
+    numeric = pd.api.types.is_numeric_dtype(frame[view.x])
+    names: tuple[str, ...] = () if numeric else _names(list(frame[view.x].unique()))
+    groups = [("", frame)] if view.by is None else [(str(k), g) for k, g in frame.groupby(view.by, sort=False)]
+    series: list[Series] = []
+    for name, group in groups:
+        cells, (x,) = _cells(group, view.x)
+        values, (low, high) = cells.mean(view.value), cells.interval()
+        ok = np.isfinite(values)
+        ends = (None, None) if low is None or high is None else (low[ok], high[ok])
+        series.append(Series(name, x[ok] if numeric else np.array(_names(x), dtype=object)[ok], values[ok], *ends))
+    band = any(s.low is not None for s in series)
+    return Lines(
+        title=view.title or f"{view.value} by {view.x}",
+        note="band and whiskers: 95% interval" if band else "",
+        label=view.unit or view.value,
+        x_name=view.x,
+        x=names,
+        series=tuple(series),
+    )
+
+
+def _bars(frame: pd.DataFrame, view: View) -> Bars:
+    cells, (x,) = _cells(frame, view.x)
+    values, (low, high), q = cells.mean(view.value), cells.interval(), cells.own("q")
+    order = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")
+    order = order[np.isfinite(values[order])][:LARGEST]
+    of = f"largest {len(order)} of {len(x)}" if len(order) < len(x) else ""
+    if q is not None and not np.isfinite(q).any():  # too few examples for any test
+        q = None
+    notes = [of, "" if low is None else "whiskers: 95% interval", "" if q is None else "pale: q ≥ .05"]
+    return Bars(
+        title=view.title or f"{view.value} by {view.x}",
+        note="; ".join(n for n in notes if n),
+        label=view.unit or view.value,
+        names=tuple(_names(x)[i] for i in order),
+        values=values[order],
+        solid=np.ones(len(order), bool) if q is None else np.nan_to_num(q[order], nan=1.0) < ALPHA,
+        low=None if low is None else low[order],
+        high=None if high is None else high[order],
+    )
+
+
+def _names(entries: Sequence[Any] | npt.NDArray[Any]) -> tuple[str, ...]:
+    """Labels of an axis, each of its own (the number 1 and the name "1" would else share a place)."""
+    out: list[str] = []
+    for entry in entries:
+        name = visible(str(entry), 24)
+        while name in out:
+            name += "′"
+        out.append(name)
+    return tuple(out)

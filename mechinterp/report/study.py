@@ -1,0 +1,62 @@
+"""A study on disk: tables, figures, results, one HTML page and a manifest, in one atomic step."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mechinterp.core.result import Result
+from mechinterp.report.files import check_target, encode, named, put_result, whole_folder, write_figures, write_tables
+
+MANIFEST = "manifest.json"
+REPORT = "report.html"
+
+
+def check_study(folder: str | Path) -> None:
+    """Say now, before hours of work, that a study cannot be written there.
+
+    Raises:
+        OutputError: `folder` holds something other than an earlier study.
+    """
+    check_target(folder, MANIFEST)
+
+
+def write_study(
+    folder: str | Path,
+    title: str,
+    results: Sequence[Result],
+    *,
+    plan: str,
+    manifest: Mapping[str, Any],
+    summary: Sequence[str] = (),
+    explanations: Mapping[str, str] | None = None,
+) -> Path:
+    """Write ``tables/``, ``figures/``, ``results/``, ``report.html`` and ``manifest.json`` into `folder`.
+
+    All of it appears at once; an earlier study there is replaced. On any exception, Ctrl-C among
+    them, nothing is left and an earlier study stays.
+
+    Args:
+        plan: what was shared, as text.
+        manifest: what the numbers depend on: versions, model, seed; plain values.
+        summary: findings, a sentence each.
+        explanations: analyzer name → what it does; an empty line between paragraphs.
+    Returns:
+        The path of the report.
+    Raises:
+        OutputError: `folder` holds something else, or cannot be written.
+    """
+    from mechinterp.report.html import page
+
+    by_name = named(results)
+    with whole_folder(folder, MANIFEST) as scratch:
+        write_tables(by_name, scratch / "tables")
+        write_figures(by_name, scratch / "figures")
+        for name, result in by_name.items():
+            put_result(result, scratch / "results" / name)
+        html = page(title, by_name, plan=plan, manifest=manifest, summary=summary, explanations=explanations or {})
+        (scratch / REPORT).write_text(html, encoding="utf-8")
+        files = sorted([p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file()] + [MANIFEST])
+        content = {"format": "mechinterp-study-1", "title": title, **manifest, "files": files}
+        (scratch / MANIFEST).write_text(json.dumps(encode(content, "manifest"), indent=2) + "\n", encoding="utf-8")
+    return Path(folder) / REPORT
