@@ -61,35 +61,104 @@ _NAMES = {
 }
 _MODULES = ("errors", "sites", "tasks", "testing")
 
-__all__ = [*_NAMES, *_MODULES]
+__all__ = [*_NAMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll] -- the re-exports below serve checkers
 
 if TYPE_CHECKING:
-    from mechinterp import errors, sites, tasks, testing
-    from mechinterp.analyzers.direct import DirectLogitAttribution
-    from mechinterp.analyzers.heads import HeadRoles
-    from mechinterp.analyzers.lens import LogitLens
-    from mechinterp.analyzers.patching import ActivationPatching
-    from mechinterp.core.analyzer import Analyzer, Batch, Context, Edit, Grad, Needs, Own, Sweep
-    from mechinterp.core.examples import Chat, Examples, TokenBatch
-    from mechinterp.core.interventions import (
-        Add,
-        Apply,
-        Intervention,
-        Mean,
-        Noise,
-        Project,
-        Replace,
-        Scale,
-        Steer,
-        Zero,
+    from mechinterp import errors as errors
+    from mechinterp import sites as sites
+    from mechinterp import tasks as tasks
+    from mechinterp import testing as testing
+    from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
+    from mechinterp.analyzers.heads import HeadRoles as HeadRoles
+    from mechinterp.analyzers.lens import LogitLens as LogitLens
+    from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
+    from mechinterp.core.analyzer import (
+        Analyzer as Analyzer,
     )
-    from mechinterp.core.metrics import Metric, answer_logit, answer_prob, kl, logit_diff, loss
-    from mechinterp.core.result import Part, Result, View
-    from mechinterp.core.trace import Read, Reduce, Trace
-    from mechinterp.engine.plan import Plan, plan
-    from mechinterp.engine.runner import run
-    from mechinterp.model.model import Model
-    from mechinterp.sites import Site, Sites
+    from mechinterp.core.analyzer import (
+        Batch as Batch,
+    )
+    from mechinterp.core.analyzer import (
+        Context as Context,
+    )
+    from mechinterp.core.analyzer import (
+        Edit as Edit,
+    )
+    from mechinterp.core.analyzer import (
+        Grad as Grad,
+    )
+    from mechinterp.core.analyzer import (
+        Needs as Needs,
+    )
+    from mechinterp.core.analyzer import (
+        Own as Own,
+    )
+    from mechinterp.core.analyzer import (
+        Sweep as Sweep,
+    )
+    from mechinterp.core.examples import Chat as Chat
+    from mechinterp.core.examples import Examples as Examples
+    from mechinterp.core.examples import TokenBatch as TokenBatch
+    from mechinterp.core.interventions import (
+        Add as Add,
+    )
+    from mechinterp.core.interventions import (
+        Apply as Apply,
+    )
+    from mechinterp.core.interventions import (
+        Intervention as Intervention,
+    )
+    from mechinterp.core.interventions import (
+        Mean as Mean,
+    )
+    from mechinterp.core.interventions import (
+        Noise as Noise,
+    )
+    from mechinterp.core.interventions import (
+        Project as Project,
+    )
+    from mechinterp.core.interventions import (
+        Replace as Replace,
+    )
+    from mechinterp.core.interventions import (
+        Scale as Scale,
+    )
+    from mechinterp.core.interventions import (
+        Steer as Steer,
+    )
+    from mechinterp.core.interventions import (
+        Zero as Zero,
+    )
+    from mechinterp.core.metrics import (
+        Metric as Metric,
+    )
+    from mechinterp.core.metrics import (
+        answer_logit as answer_logit,
+    )
+    from mechinterp.core.metrics import (
+        answer_prob as answer_prob,
+    )
+    from mechinterp.core.metrics import (
+        kl as kl,
+    )
+    from mechinterp.core.metrics import (
+        logit_diff as logit_diff,
+    )
+    from mechinterp.core.metrics import (
+        loss as loss,
+    )
+    from mechinterp.core.result import Part as Part
+    from mechinterp.core.result import Result as Result
+    from mechinterp.core.result import View as View
+    from mechinterp.core.trace import Read as Read
+    from mechinterp.core.trace import Reduce as Reduce
+    from mechinterp.core.trace import Trace as Trace
+    from mechinterp.engine.plan import Plan as Plan
+    from mechinterp.engine.plan import plan as plan
+    from mechinterp.engine.runner import run as run
+    from mechinterp.model.model import Model as Model
+    from mechinterp.sites import Site as Site
+    from mechinterp.sites import Sites as Sites
 
 
 def __getattr__(name: str) -> Any:

@@ -81,9 +81,7 @@ KINDS: dict[str, Kind] = _kinds()
 """Every kind of site, in the order in which a forward pass reaches them."""
 
 _ORDER = {name: i for i, name in enumerate(KINDS)}
-_TEXT = re.compile(
-    r"(?P<kind>[a-z_]+)(\.(?P<layer>\d+))?(\.h(?P<heads>\d+(,\d+)*))?(@(?P<positions>[^@]+))?"
-)
+_TEXT = re.compile(r"(?P<kind>[a-z_]+)(\.(?P<layer>\d+))?(\.h(?P<heads>\d+(,\d+)*))?(@(?P<positions>[^@]+))?")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,10 @@ def test_each_component_by_hand(model: mi.Model) -> None:
     """Against the components themselves, folded through the norm's own scale."""
     examples = mi.tasks.ioi(4, seed=4)
     data = mi.run(model, examples, mi.DirectLogitAttribution()).data["attribution"]
-    trace = model.trace(examples, [sites.head_out(positions="end"), sites.mlp_out(positions="end"), sites.resid_post(2, positions="end")])
+    trace = model.trace(
+        examples,
+        [sites.head_out(positions="end"), sites.mlp_out(positions="end"), sites.resid_post(2, positions="end")],
+    )
     batch = model.tokenize(examples).batch(range(4))
     final = trace[sites.resid_post(2)]
     rms = (final.pow(2).mean(-1, keepdim=True) + model.hf.config.rms_norm_eps).sqrt()
@@ -83,7 +86,9 @@ def test_attribution_with_biases_still_sums(llama: mi.Model) -> None:
     model = mi.Model.wrap(hf, llama.tokenizer)
     dla, lens = mi.run(model, mi.tasks.ioi(4), [mi.DirectLogitAttribution(), mi.LogitLens()])
     assert "a1.bias" in dla.data["component"]
-    np.testing.assert_allclose(dla.data["attribution"].sum("component"), lens.data["logit_diff"].sel(layer=2), atol=1e-4)
+    np.testing.assert_allclose(
+        dla.data["attribution"].sum("component"), lens.data["logit_diff"].sel(layer=2), atol=1e-4
+    )
 
 
 def test_attribution_needs_answers(llama: mi.Model) -> None:
@@ -138,7 +143,9 @@ def test_role_scores_on_repeated_tokens_by_hand(model: mi.Model) -> None:
         np.testing.assert_allclose(data["score"].sel(role=role), mass[:, :3].mean(1), atol=1e-5)
         np.testing.assert_allclose(data["null"].sel(role=role), mass[:, 3:].mean(1), atol=1e-5)
     q = np.arange(1, 14)
-    np.testing.assert_allclose(data["score"].sel(role="previous"), pattern[:, :3, :, q, q - 1].mean(-1).mean(1), atol=1e-5)
+    np.testing.assert_allclose(
+        data["score"].sel(role="previous"), pattern[:, :3, :, q, q - 1].mean(-1).mean(1), atol=1e-5
+    )
 
 
 def test_random_models_have_no_specialised_heads_by_matching(model: mi.Model) -> None:

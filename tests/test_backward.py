@@ -59,8 +59,13 @@ def test_weights_keep_no_gradient(model: mi.Model, ids: list[list[int]]) -> None
 
 def test_a_metric_that_does_not_depend_on_a_site(model: mi.Model, ids: list[list[int]]) -> None:
     batch = model.tokenize(examples(ids)).batch(range(3))
-    with pytest.raises(NeedsError, match="does not depend on k.2"):
-        backward(model, batch, [Site("k", 2), Site("q", 2)], mi.Metric.__subclasses__()[-1](fn=lambda x: x[:, 0].detach().requires_grad_()))
+    with pytest.raises(NeedsError, match=r"does not depend on k.2"):
+        backward(
+            model,
+            batch,
+            [Site("k", 2), Site("q", 2)],
+            mi.Metric.__subclasses__()[-1](fn=lambda x: x[:, 0].detach().requires_grad_()),
+        )
     with pytest.raises(SiteError, match="attn_out"):
         backward(model, batch, [Site("head_out", 1)], mi.answer_logit())
 

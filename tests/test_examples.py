@@ -21,7 +21,9 @@ def test_named_positions_are_the_last_token_of_their_span(smollm2: mi.Model) -> 
         assert pieces[tokens.positions["S1"][row]].strip() == subject.strip()
         assert pieces[tokens.positions["S2"][row]].strip() == subject.strip()
         corrupted = smollm2.to_str_tokens(tokens.corrupted[row])
-        assert [i for i, (a, b) in enumerate(zip(pieces, corrupted, strict=True)) if a != b] == [tokens.positions["S2"][row]]
+        assert [i for i, (a, b) in enumerate(zip(pieces, corrupted, strict=True)) if a != b] == [
+            tokens.positions["S2"][row]
+        ]
 
 
 def test_answers_are_single_tokens_as_they_continue_the_text(smollm2: mi.Model) -> None:
@@ -83,7 +85,10 @@ def test_batches_are_by_length_and_hold_every_row_once(llama: mi.Model) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    rows = [{"text": "a b", "answer": " c", "wrong": " d", "label": 1}, {"text": "e", "answer": [" f"], "wrong": " g", "label": 0}]
+    rows = [
+        {"text": "a b", "answer": " c", "wrong": " d", "label": 1},
+        {"text": "e", "answer": [" f"], "wrong": " g", "label": 0},
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
     examples = mi.Examples.from_jsonl(tmp_path / "x.jsonl")
     assert examples.texts == ("a b", "e")

@@ -103,7 +103,9 @@ def test_selections_follow_numpy(model: mi.Model, ids: list[list[int]]) -> None:
         one = model.trace(ids, site.at("end"))[site.at("end")]
         torch.testing.assert_close(one, positions_first[:, -1], **tolerance)
         some = model.trace(ids, site.at((0, -2)))[site.at((0, -2))]
-        torch.testing.assert_close(some, (positions_first[:, [0, -2]].transpose(1, 2) if swap else full[:, [0, -2]]), **tolerance)
+        torch.testing.assert_close(
+            some, (positions_first[:, [0, -2]].transpose(1, 2) if swap else full[:, [0, -2]]), **tolerance
+        )
         if site.spec.head_axis:
             single = Site(site.kind, site.layer, heads=1, positions=3)
             torch.testing.assert_close(model.trace(ids, single)[single], positions_first[:, 3, 1], **tolerance)
@@ -134,7 +136,10 @@ def test_a_reduce_sees_blocks_and_gives_what_the_whole_pattern_gives(
     monkeypatch.setattr("mechinterp.model.attention.BLOCK_BYTES", size)
     texts = padded(model)
     whole = model.trace(texts, "pattern")
-    reads = [Read(Site("pattern", 1), reduce=Reduce(total, "example head")), Read(Site("pattern", 1), reduce=Reduce(per_query, "example head query"))]
+    reads = [
+        Read(Site("pattern", 1), reduce=Reduce(total, "example head")),
+        Read(Site("pattern", 1), reduce=Reduce(per_query, "example head query")),
+    ]
     reduced = model.trace(texts, reads)
     torch.testing.assert_close(reduced[reads[0]], whole["pattern.1"].sum((2, 3)))
     torch.testing.assert_close(reduced[reads[1]], whole["pattern.1"].amax(3))
@@ -142,7 +147,9 @@ def test_a_reduce_sees_blocks_and_gives_what_the_whole_pattern_gives(
 
 def test_the_pass_stops_after_the_last_read(model: mi.Model, ids: list[list[int]]) -> None:
     calls: list[int] = []
-    handles = [layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(model.hf.model.layers)]
+    handles = [
+        layer.register_forward_hook(lambda *_, i=i: calls.append(i)) for i, layer in enumerate(model.hf.model.layers)
+    ]
     head = model.hf.lm_head.register_forward_hook(lambda *_: calls.append(99))
     try:
         model.trace(ids, ["z.1"])
@@ -171,13 +178,20 @@ def test_padding_side_and_batch_change_nothing(model: mi.Model) -> None:
     tokens = model.tokenize(texts)
     from mechinterp.engine.forward import forward
 
-    reads = [Read(s) for s in resolve([sites.resid_post(positions=(0, -1)), sites.pattern(positions="end"), sites.z(positions="end")], 3)]
+    reads = [
+        Read(s)
+        for s in resolve(
+            [sites.resid_post(positions=(0, -1)), sites.pattern(positions="end"), sites.z(positions="end")], 3
+        )
+    ]
     right = forward(model, tokens.batch(range(3)), reads).values
     left = forward(model, tokens.batch(range(3), padding_side="left"), reads).values
     for read in reads:
         if read.site.kind == "pattern":  # its keys are columns: compare the real ones
             for i, text in enumerate(texts):
-                torch.testing.assert_close(left[read][i, :, 9 - len(text) :], right[read][i, :, : len(text)], atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    left[read][i, :, 9 - len(text) :], right[read][i, :, : len(text)], atol=1e-5, rtol=0
+                )
         else:
             torch.testing.assert_close(left[read], right[read], atol=1e-5, rtol=0)
         for i in range(3):

@@ -28,6 +28,7 @@ def test_writing_what_is_there_changes_nothing(model: mi.Model, ids: list[list[i
 def test_every_site_matters_and_a_read_sees_what_was_written(model: mi.Model, ids: list[list[int]]) -> None:
     base = model.trace(ids, every_site(model))
     for site in every_site(model):
+
         def edit(x: torch.Tensor, site: Site = site) -> torch.Tensor:  # norms undo a mere scaling
             return x * 2 if site.kind == "scores" else x.roll(1, -1)
 
@@ -56,23 +57,31 @@ def test_patching_the_whole_first_residual_gives_the_other_run(model: mi.Model, 
 
 def test_equal_edits_at_different_sites_agree(model: mi.Model, ids: list[list[int]]) -> None:
     torch.testing.assert_close(
-        logits(model, ids, mi.Zero(sites.head_out(1, heads=(0, 3)))), logits(model, ids, mi.Zero(sites.z(1, heads=(0, 3))))
+        logits(model, ids, mi.Zero(sites.head_out(1, heads=(0, 3)))),
+        logits(model, ids, mi.Zero(sites.z(1, heads=(0, 3)))),
     )
     torch.testing.assert_close(logits(model, ids, mi.Zero(sites.attn_out(1))), logits(model, ids, mi.Zero(sites.z(1))))
-    torch.testing.assert_close(logits(model, ids, mi.Zero(sites.pattern(1))), logits(model, ids, mi.Zero(sites.v(1))), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        logits(model, ids, mi.Zero(sites.pattern(1))), logits(model, ids, mi.Zero(sites.v(1))), atol=1e-4, rtol=1e-4
+    )
     shift = torch.randn(model.dims.d_model, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
         logits(model, ids, mi.Add(sites.resid_mid(1), shift)), logits(model, ids, mi.Add(sites.attn_out(1), shift))
     )
     torch.testing.assert_close(
-        logits(model, ids, mi.Add(sites.resid_post(1), shift)), logits(model, ids, mi.Add(sites.mlp_out(1), shift)), atol=1e-4, rtol=1e-4
+        logits(model, ids, mi.Add(sites.resid_post(1), shift)),
+        logits(model, ids, mi.Add(sites.mlp_out(1), shift)),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
 def test_a_written_pattern_mixes_the_values(model: mi.Model, ids: list[list[int]]) -> None:
     """Against a loop: attention only to oneself makes z the value itself."""
     eye = torch.eye(9).expand(3, model.dims.n_heads, 9, 9)
-    trace = model.trace(ids, ["z.1", sites.v(1, per_query_head=True), "pattern.1"], interventions=[mi.Replace(sites.pattern(1), eye)])
+    trace = model.trace(
+        ids, ["z.1", sites.v(1, per_query_head=True), "pattern.1"], interventions=[mi.Replace(sites.pattern(1), eye)]
+    )
     torch.testing.assert_close(trace["z.1"], trace[sites.v(1, per_query_head=True)])
     assert torch.equal(trace["pattern.1"], eye)
     one = mi.Replace(sites.pattern(1, heads=2, positions="end"), torch.eye(9)[0])
@@ -111,7 +120,10 @@ def test_each_intervention_does_its_arithmetic(model: mi.Model, ids: list[list[i
     reference[0, 6] = float("nan")
     edits = {
         "add": (mi.Add(site, vector), base + vector),
-        "mean": (mi.Mean(site, reference), reference.flatten(0, 1)[[i for i in range(28) if i != 6]].mean(0).expand_as(base)),
+        "mean": (
+            mi.Mean(site, reference),
+            reference.flatten(0, 1)[[i for i in range(28) if i != 6]].mean(0).expand_as(base),
+        ),
         "noise": (mi.Noise(site, 0.5, seed=1), None),
         "project": (mi.Project(site, torch.stack([vector, other])), None),
         "steer": (mi.Steer(site, vector, 2.0), base + 2 * vector / vector.norm()),

@@ -6,10 +6,55 @@ import sys
 import mechinterp as mi
 from mechinterp import errors
 
-NAMES = """Model Site Sites Examples Chat TokenBatch Trace Read Reduce Intervention Replace Add Scale Zero Mean Noise
-Project Steer Apply Metric logit_diff answer_logit answer_prob kl loss Analyzer Needs Own Grad Sweep Edit Batch Context
-Part Result View Plan plan run LogitLens DirectLogitAttribution HeadRoles ActivationPatching errors sites tasks
-testing""".split()
+NAMES = [
+    "Model",
+    "Site",
+    "Sites",
+    "Examples",
+    "Chat",
+    "TokenBatch",
+    "Trace",
+    "Read",
+    "Reduce",
+    "Intervention",
+    "Replace",
+    "Add",
+    "Scale",
+    "Zero",
+    "Mean",
+    "Noise",
+    "Project",
+    "Steer",
+    "Apply",
+    "Metric",
+    "logit_diff",
+    "answer_logit",
+    "answer_prob",
+    "kl",
+    "loss",
+    "Analyzer",
+    "Needs",
+    "Own",
+    "Grad",
+    "Sweep",
+    "Edit",
+    "Batch",
+    "Context",
+    "Part",
+    "Result",
+    "View",
+    "Plan",
+    "plan",
+    "run",
+    "LogitLens",
+    "DirectLogitAttribution",
+    "HeadRoles",
+    "ActivationPatching",
+    "errors",
+    "sites",
+    "tasks",
+    "testing",
+]
 
 
 def test_all_is_exactly_the_public_names() -> None:

@@ -1,5 +1,6 @@
 """Figures, files and pages: the same numbers everywhere, whole or not at all, and never a token's own HTML."""
 
+import dataclasses
 import base64
 import errno
 import hashlib
@@ -113,13 +114,13 @@ def test_dots_mark_exactly_the_cells_with_small_q(result: mi.Result) -> None:
     assert "q < .05" in panel(result, result.views[0]).note
 
 
-def test_no_dot_below_the_null(result: mi.Result) -> None:
-    data = result.data.assign(null=result.data["score"] * 0, q=result.data["q"] * 0)
-    shown = panel(mi.Result(data, {}, result.views), result.views[0])
+def test_a_view_may_choose_what_is_marked(result: mi.Result) -> None:
+    data = result.data.assign(specialised=result.data["score"] > 0)
+    shown = panel(mi.Result(data), dataclasses.replace(result.views[0], mark="specialised"))
     assert isinstance(shown, Heat)
     assert shown.marked is not None
     np.testing.assert_array_equal(shown.marked, data["score"].sel(text="prompts").values > 0)
-    assert "above the null" in shown.note
+    assert shown.note == "• specialised"
 
 
 def test_what_is_left_over_is_averaged_and_loses_q_and_interval(result: mi.Result) -> None:

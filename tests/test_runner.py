@@ -95,7 +95,11 @@ def test_three_analyzers_cost_the_passes_of_one(model: mi.Model) -> None:
 
 
 def test_the_plan_foretells_the_passes(model: mi.Model) -> None:
-    analyzers = [mi.LogitLens(), mi.HeadRoles(sequences=2, length=6), mi.ActivationPatching("resid_pre", positions=("S2", "end"))]
+    analyzers = [
+        mi.LogitLens(),
+        mi.HeadRoles(sequences=2, length=6),
+        mi.ActivationPatching("resid_pre", positions=("S2", "end")),
+    ]
     plan = mi.plan(model, pairs(model), analyzers, batch_size=4)
     results = mi.run(model, pairs(model), analyzers, batch_size=4)
     made = results[0].meta["passes"]
@@ -129,14 +133,17 @@ def test_examples_come_back_in_order_and_ragged_positions_are_nan(model: mi.Mode
 def test_batch_size_and_padding_side_do_not_matter(model: mi.Model, side: str, size: int) -> None:
     analyzers: list[mi.Analyzer] = [
         mi.LogitLens(positions=None), mi.DirectLogitAttribution(), mi.HeadRoles(sequences=2, length=6), AllNorms(),
-        mi.ActivationPatching("resid_mid", positions=("S2", "end")), mi.ActivationPatching("pattern", heads="each", positions="end"),
+        mi.ActivationPatching("resid_mid", positions=("S2", "end")),
+        mi.ActivationPatching("pattern", heads="each", positions="end"),
     ]  # fmt: skip
     base = mi.run(model, pairs(model), analyzers)
     other = mi.run(model, pairs(model), analyzers, batch_size=size, padding_side=side)
     for a, b in zip(base, other, strict=True):
         for name in a.data.data_vars:
             if a.data[name].dtype.kind == "f" and name not in ("p", "q"):
-                np.testing.assert_allclose(b.data[name].values, a.data[name].values, atol=2e-4, rtol=1e-3, err_msg=str(name))
+                np.testing.assert_allclose(
+                    b.data[name].values, a.data[name].values, atol=2e-4, rtol=1e-3, err_msg=str(name)
+                )
 
 
 def test_an_undeclared_read_is_refused(model: mi.Model) -> None:
@@ -172,7 +179,9 @@ def test_a_site_that_the_model_lacks_is_refused_before_anything_runs(llama: mi.M
     calls: list[int] = []
     handle = llama.hf.model.register_forward_pre_hook(lambda *_: calls.append(1))
     try:
-        with pytest.raises(SiteError, match="LastTokenNorm: resid_post.7@end does not exist: the model has layers 0 to 2"):
+        with pytest.raises(
+            SiteError, match=r"LastTokenNorm: resid_post.7@end does not exist: the model has layers 0 to 2"
+        ):
             mi.run(llama, padded(llama), [AllNorms(), LastTokenNorm((7,))])
     finally:
         handle.remove()
@@ -241,7 +250,9 @@ def test_two_rounds(model: mi.Model) -> None:
     for head in range(4):
         zero = mi.Zero(sites.z(layer, heads=head))
         for row in range(3):
-            out = model.trace(mi.Examples.of([examples.texts[row]]), sites.logits(positions="end"), interventions=[zero])
+            out = model.trace(
+                mi.Examples.of([examples.texts[row]]), sites.logits(positions="end"), interventions=[zero]
+            )
             right, wrong = (model.tokenizer(a[0])["input_ids"][0] for a in examples.answers[row])
             logits = out[sites.logits(positions="end")][0]
             change = float(logits[right] - logits[wrong]) - base[row]
@@ -325,7 +336,9 @@ def test_out_of_memory_halves_the_batch(model: mi.Model) -> None:
     result = mi.run(model, texts, Hungry(), batch_size=8)
     assert sizes[:3] == [8, 4, 2]
     assert max(sizes[3:]) == 2
-    np.testing.assert_allclose(result.data["value"], mi.run(model, texts, AllNorms()).data["value"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        result.data["value"], mi.run(model, texts, AllNorms()).data["value"], rtol=1e-4, atol=1e-5
+    )
 
     @dataclass(frozen=True)
     class Starving(AllNorms):
@@ -364,7 +377,12 @@ def test_reduced_reads_reach_observe(model: mi.Model) -> None:
 
         def observe(self, batch: mi.Batch) -> mi.Part:
             mass: Tensor = batch.clean[sites.pattern(1)]
-            return mi.Part({"mass": (mass, "example head"), "max": (batch.clean[sites.pattern(2)].amax(-1), "example head position")})
+            return mi.Part(
+                {
+                    "mass": (mass, "example head"),
+                    "max": (batch.clean[sites.pattern(2)].amax(-1), "example head position"),
+                }
+            )
 
     result = mi.run(model, padded(model), Reduced()).data
     assert result["max"].dims == ("example", "head", "position")

@@ -20,7 +20,9 @@ positions = st.one_of(
 @st.composite
 def any_site(draw: st.DrawFn) -> Site:
     kind = KINDS[draw(st.sampled_from(sorted(KINDS)))]
-    heads = draw(st.one_of(st.none(), st.integers(0, 31), st.lists(st.integers(0, 31), min_size=2, max_size=3).map(tuple)))
+    heads = draw(
+        st.one_of(st.none(), st.integers(0, 31), st.lists(st.integers(0, 31), min_size=2, max_size=3).map(tuple))
+    )
     return Site(
         kind.name,
         draw(st.integers(0, 99)) if kind.layered else None,

@@ -52,7 +52,9 @@ def diff(logits: torch.Tensor) -> torch.Tensor:
     return logits[rows, -1, right] - logits[rows, -1, wrong]
 
 
-@pytest.mark.parametrize("kind", ["resid_pre", "resid_mid", "z", "v", "mlp_out", "mlp_act", "pattern", "q_rot", "head_out"])
+@pytest.mark.parametrize(
+    "kind", ["resid_pre", "resid_mid", "z", "v", "mlp_out", "mlp_act", "pattern", "q_rot", "head_out"]
+)
 def test_patching_equals_a_loop_of_hooks(model: mi.Model, kind: str) -> None:
     examples = equal_length_pairs(model)
     clean, corrupted = list(examples.texts), list(examples.corrupted or ())
@@ -198,7 +200,10 @@ def test_metrics_by_hand(model: mi.Model) -> None:
     class Scores(mi.Analyzer):
         def needs(self, model: mi.Model) -> mi.Needs:
             metrics = {"diff": mi.logit_diff(), "logit": mi.answer_logit(), "prob": mi.answer_prob(), "loss": mi.loss()}
-            grid = {n: mi.Sweep(m, sites.mlp_out(0), write=lambda s: mi.Scale(s, 1.0), base="clean") for n, m in metrics.items()}
+            grid = {
+                n: mi.Sweep(m, sites.mlp_out(0), write=lambda s: mi.Scale(s, 1.0), base="clean")
+                for n, m in metrics.items()
+            }
             return mi.Needs(sweeps=grid)
 
         def observe(self, batch: mi.Batch) -> mi.Part:

@@ -34,7 +34,14 @@ class DirectLogitAttribution(Analyzer):
     def needs(self, model: Model) -> Needs:
         at = self.positions
         last = model.dims.n_layers - 1
-        return Needs(reads=[sites.embed(positions=at), sites.z(positions=at), sites.mlp_out(positions=at), sites.resid_post(last, positions=at)])
+        return Needs(
+            reads=[
+                sites.embed(positions=at),
+                sites.z(positions=at),
+                sites.mlp_out(positions=at),
+                sites.resid_post(last, positions=at),
+            ]
+        )
 
     def observe(self, batch: Batch) -> Part:
         model = batch.model
@@ -47,7 +54,9 @@ class DirectLogitAttribution(Analyzer):
         columns = [(batch.clean[sites.embed()].float() * direction).sum(-1, keepdim=True)]
         z, mlp = batch.clean.stack("z").float(), batch.clean.stack("mlp_out").float()
         for layer in range(model.dims.n_layers):
-            read_out = torch.einsum("hed,nd->nhe", model.W_O(layer).float(), direction)  # through W_O, no head_out built
+            read_out = torch.einsum(
+                "hed,nd->nhe", model.W_O(layer).float(), direction
+            )  # through W_O, no head_out built
             columns.append((z[layer] * read_out).sum(-1))
             columns.append((mlp[layer] * direction).sum(-1, keepdim=True))
             bias = model.b_O(layer)
@@ -68,13 +77,25 @@ class DirectLogitAttribution(Analyzer):
         data = Result.of(parts, unit="logits").data.rename(value="attribution")
         names, types, layers, heads = zip(*_components(context.model), strict=True)
         data = data.assign_coords(
-            component=list(names), type=("component", list(types)), layer=("component", list(layers)), head=("component", list(heads))
+            component=list(names),
+            type=("component", list(types)),
+            layer=("component", list(layers)),
+            head=("component", list(heads)),
         )
         summary = summarize(data["attribution"].values, context.seed)
         for name in ("mean", "ci_low", "ci_high", "p", "q"):
             data[name] = ("component", getattr(summary, name).astype(np.float32))
         views = (
-            View("heatmap", "mean", "head", "layer", title="Direct logit attribution of heads", unit="logits", center=0.0, select={"type": "head"}),
+            View(
+                "heatmap",
+                "mean",
+                "head",
+                "layer",
+                title="Direct logit attribution of heads",
+                unit="logits",
+                center=0.0,
+                select={"type": "head"},
+            ),
             View("bars", "mean", "component", title="Direct logit attribution: largest components", unit="logits"),
         )
         return Result(data, {}, views)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class HeadRoles(Analyzer):
         if self.sequences:
             examples = induction(model, self.sequences, self.length, self.seed, control=True)
             offsets = OffsetMass(self.length, int(examples.spans["first"][0][0]))
-            on["random"] = Own(examples, Read(sites.pattern(), reduce=Reduce(offsets, "example role head")))
+            on["random tokens"] = Own(examples, Read(sites.pattern(), reduce=Reduce(offsets, "example role head")))
         return Needs(reads=Read(sites.pattern(), reduce=Reduce(role_mass, "example role head")), on=on)
 
     def observe(self, batch: Batch) -> Part:
@@ -85,18 +86,23 @@ class HeadRoles(Analyzer):
             here, above = summarize(score, context.seed), summarize(score - null, context.seed)
             with np.errstate(invalid="ignore"):
                 mean_null = np.broadcast_to(np.nanmean(null, 0) if np.isfinite(null).any() else np.nan, (layers, heads))
-            filled = {"score": here.mean, "null": mean_null, "ci_low": here.ci_low, "ci_high": here.ci_high, "p": above.p}
+            filled = {
+                "score": here.mean,
+                "null": mean_null,
+                "ci_low": here.ci_low,
+                "ci_high": here.ci_high,
+                "p": above.p,
+            }
             for name, value in filled.items():
                 arrays[name][at] = value
         arrays["q"] = fdr(arrays["p"])
         special = (arrays["score"] - arrays["null"] >= self.floor) & (arrays["q"] < 0.05)
         dims = ("text", "role", "layer", "head")
         part = {name: (dims, value.astype(np.float32)) for name, value in arrays.items()}
-        import xarray as xr
-
         coords = {"text": texts, "role": list(ROLES), "layer": np.arange(layers), "head": np.arange(heads)}
         data = xr.Dataset({**part, "specialised": (dims, special)}, coords, {"unit": "share of attention"})
-        return Result(data, {"floor": self.floor}, _views(texts))
+        shown = [t for t in _SHOWN if t[0] in texts and data["score"].sel(text=t[0], role=t[1]).notnull().any()]
+        return Result(data, {"floor": self.floor}, tuple(_view(text, role) for text, role in shown))
 
     def _prompts(self, parts: list[Part], context: Context) -> list[tuple[str, str, Any, Any]]:
         """(text, role, score ``example layer head``, null alike) for every role on the user's text."""
@@ -107,16 +113,18 @@ class HeadRoles(Analyzer):
         return [("prompts", role, score[:, i], null[:, i]) for i, role in enumerate(ROLES)]
 
     def _random(self, context: Context) -> list[tuple[str, str, Any, Any]]:
-        if "random" not in context.own:
+        if "random tokens" not in context.own:
             return []
         n, half = self.sequences, self.length
-        mass = context.own["random"].stack("pattern").permute(1, 2, 0, 3).float().cpu().numpy()
+        mass = context.own["random tokens"].stack("pattern").permute(1, 2, 0, 3).float().cpu().numpy()
         # Mean over the queries: all but the first for previous, the second half for the others.
-        start = context.own["random"].batch.spans["first"][0][0]
+        start = context.own["random tokens"].batch.spans["first"][0][0]
         width = start + 2 * half
         first_half_null = np.mean(1 / np.arange(2, width + 1))
         previous = mass[:n, 0] / (width - 1)
-        out: list[tuple[str, str, Any, Any]] = [("random", "previous", previous, np.full_like(previous, first_half_null))]
+        out: list[tuple[str, str, Any, Any]] = [
+            ("random", "previous", previous, np.full_like(previous, first_half_null))
+        ]
         for i, role in enumerate(RANDOM_ROLES[1:], 1):
             out.append(("random", role, mass[:n, i] / half, mass[n:, i] / half))
         return out
@@ -174,14 +182,24 @@ def _visible(batch: TokenBatch) -> Tensor:
     return batch.mask.cumsum(1)
 
 
-def _views(texts: list[str]) -> tuple[View, ...]:
-    wanted = [("random", "induction"), ("random", "previous"), ("prompts", "duplicate"), ("prompts", "previous"), ("prompts", "first")]
-    names = {"random": "repeated random tokens", "prompts": "the prompts"}
-    return tuple(
-        View(
-            "heatmap", "score", "head", "layer", title=f"Head roles: {role} on {names[text]}",
-            unit="share of attention", select={"text": text, "role": role},
-        )
-        for text, role in wanted
-        if text in texts
+_SHOWN = (
+    ("random", "induction"),
+    ("random", "previous"),
+    ("prompts", "duplicate"),
+    ("prompts", "previous"),
+    ("prompts", "first"),
+)
+
+
+def _view(text: str, role: str) -> View:
+    on = {"random": "repeated random tokens", "prompts": "the prompts"}[text]
+    return View(
+        "heatmap",
+        "score",
+        "head",
+        "layer",
+        title=f"Head roles: {role} on {on}",
+        unit="share of attention",
+        mark="specialised",
+        select={"text": text, "role": role},
     )

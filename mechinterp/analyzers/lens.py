@@ -105,9 +105,29 @@ class LogitLens(Analyzer):
             )
             title = "Logit lens: probability of the right answer"
             views.append(View("lines", "mean_prob", "layer", title=title, unit="probability"))
-        views.append(View("heatmap", "top_prob", "example", "layer", text="top_token", title="Logit lens: top token", unit="probability", select={"k": 0}))
+        views.append(
+            View(
+                "heatmap",
+                "top_prob",
+                "example",
+                "layer",
+                text="top_token",
+                title="Logit lens: top token",
+                unit="probability",
+                select={"k": 0},
+            )
+        )
         if "position" in data.dims:
-            views[-1] = View("heatmap", "top_prob", "position", "layer", text="top_token", title="Logit lens: top token of the first example", unit="probability", select={"k": 0, "example": 0})
+            views[-1] = View(
+                "heatmap",
+                "top_prob",
+                "position",
+                "layer",
+                text="top_token",
+                title="Logit lens: top token of the first example",
+                unit="probability",
+                select={"k": 0, "example": 0},
+            )
         return Result(data, {"top_k": self.top_k}, tuple(views))
 
 

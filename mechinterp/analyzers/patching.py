@@ -11,7 +11,6 @@ from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Swe
 from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
-from mechinterp.errors import ExamplesError
 from mechinterp.sites import Position, Sites
 
 
@@ -91,10 +90,10 @@ class ActivationPatching(Analyzer):
         new = {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}
         data = data.assign({name: (dims, value) for name, value in new.items()})
         order = ["effect", "ci_low", "ci_high", "p", "q", "patched", "clean", "corrupted"]
-        return Result(data[order], {"total": total}, _views(tuple(str(d) for d in dims), self))
+        return Result(data[order], {"total": total}, _views([str(d) for d in dims], self))
 
 
-def _views(dims: tuple[str, ...], analyzer: ActivationPatching) -> tuple[View, ...]:
+def _views(dims: list[str], analyzer: ActivationPatching) -> tuple[View, ...]:
     title = f"Activation patching of {analyzer.site} ({analyzer.direction})"
     if len(dims) > 1:
         return (View("heatmap", "effect", dims[1], dims[0], title=title, unit="effect", center=0.0),)

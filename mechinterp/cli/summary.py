@@ -104,12 +104,8 @@ def _shared(plan: Plan, results: Sequence[Result]) -> list[str]:
     served: list[str] = []
     for one in plan.passes:
         count = one.batches * one.rows
-        what = (
-            "the prompts"
-            if one.run != "own"
-            else "repeated random tokens"
-            if "HeadRoles" in one.users
-            else "own examples"
+        what = {"clean": "the prompts", "corrupted": "the corrupted prompts"}.get(
+            one.run, one.run.removeprefix("own: ")
         )
         served.append(f"{count} {one.what} {'pass' if count == 1 else 'passes'} over {what} for {', '.join(one.users)}")
     made = dict(results[0].meta.get("passes", {})).get("forward", 0) if results else 0

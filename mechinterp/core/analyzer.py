@@ -203,4 +203,3 @@ def as_reads(wanted: Wanted, n_layers: int) -> tuple[Read, ...]:
         read = one if isinstance(one, Read) else Read(one)
         out += [replace(read, sites=site) for site in resolve(read.sites, n_layers)]
     return tuple(dict.fromkeys(out))
-

@@ -155,7 +155,7 @@ class Examples:
                 except json.JSONDecodeError as error:
                     raise ExamplesError(f"{path}:{number} is not JSON ({error.msg}); write one object a line") from None
                 if not isinstance(row, dict):
-                    raise ExamplesError(f"{path}:{number} is not an object; write {{\"text\": ...}}")
+                    raise ExamplesError(f'{path}:{number} is not an object; write {{"text": ...}}')
                 rows.append(row)
         return cls.from_dataset(rows)
 
@@ -177,7 +177,9 @@ class Examples:
         encoded = [_encode(text, tokenizer, f"example {i}", context) for i, text in enumerate(self.texts)]
         corrupted = None
         if self.corrupted is not None:
-            corrupted = [_encode(t, tokenizer, f"corrupted example {i}", context)[0] for i, t in enumerate(self.corrupted)]
+            corrupted = [
+                _encode(t, tokenizer, f"corrupted example {i}", context)[0] for i, t in enumerate(self.corrupted)
+            ]
             for i, (a, b) in enumerate(zip(encoded, corrupted, strict=True)):
                 if len(a[0]) != len(b):
                     raise AlignmentError(
@@ -187,11 +189,10 @@ class Examples:
         answers = None
         if self.answers is not None:
             answers = tuple(
-                tuple(
-                    tuple(dict.fromkeys(_answer_id(a, text, ids, tokenizer, i) for a in side)) for side in sides
-                )
+                tuple(tuple(dict.fromkeys(_answer_id(a, text, ids, tokenizer, i) for a in side)) for side in sides)
                 for i, (text, (ids, _), sides) in enumerate(zip(self.texts, encoded, self.answers, strict=True))
             )
+
         def locate(name: str, spans: tuple[Span, ...]) -> tuple[Span, ...]:
             return tuple(_span(name, i, s, *e) for i, (s, e) in enumerate(zip(spans, encoded, strict=True)))
 
@@ -326,7 +327,9 @@ class TokenBatch:
         """
         if self.answers is None or any(len(sides) <= index for sides in self.answers):
             what = "answers" if index == 0 else "wrong answers"
-            raise ExamplesError(f"these examples have no {what}; give answers=[{'right' if index == 0 else '(right, wrong)'}, ...]")
+            raise ExamplesError(
+                f"these examples have no {what}; give answers=[{'right' if index == 0 else '(right, wrong)'}, ...]"
+            )
         width = max(len(sides[index]) for sides in self.answers)
         rows = [[*s[index], *[s[index][0]] * (width - len(s[index]))] for s in self.answers]
         return torch.tensor(rows, device=self.ids.device)
@@ -346,7 +349,11 @@ class TokenBatch:
         one = not isinstance(positions, tuple)
         columns = torch.stack([self._column(p, strict) for p in ((positions,) if one else positions)], 1)
         columns = columns - self.offset
-        valid = (columns >= 0) & (columns < self.ids.shape[1]) & (columns + self.offset < (self.starts + self.lengths)[:, None])
+        valid = (
+            (columns >= 0)
+            & (columns < self.ids.shape[1])
+            & (columns + self.offset < (self.starts + self.lengths)[:, None])
+        )
         bound = columns.clamp(0, self.ids.shape[1] - 1)
         keep = None if bool(valid.all()) else valid
         return Where(bound[:, 0], None if keep is None else keep[:, 0]) if one else Where(bound, keep)
@@ -407,20 +414,24 @@ def _read(path: str | Path) -> str:
         raise ExamplesError(f"cannot read {path}: {reason}; give a text file of examples") from None
 
 
-def _encode(
-    text: Text, tokenizer: Any, name: str, context: int | None
-) -> tuple[tuple[int, ...], list[Span] | None]:
+def _encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple[tuple[int, ...], list[Span] | None]:
     """Token ids and, for strings from fast tokenizers, the characters each token covers."""
     offsets: list[Span] | None = None
     if isinstance(text, tuple):
         ids = text
     elif tokenizer is None:
-        raise ExamplesError(f"{name} is text, and this model has no tokenizer; give token ids, or load with a tokenizer")
+        raise ExamplesError(
+            f"{name} is text, and this model has no tokenizer; give token ids, or load with a tokenizer"
+        )
     else:
         special = True
         if isinstance(text, Chat):
             messages = [{"role": role, "content": content} for role, content in text.messages]
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=text.add_generation_prompt))
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=text.add_generation_prompt
+                )
+            )
             special = False
         elif tokenizer.bos_token and text.startswith(tokenizer.bos_token):
             special = False
@@ -452,7 +463,9 @@ def _answer_id(answer: str | int, text: Text, ids: tuple[int, ...], tokenizer: A
         if tuple(longer[: len(ids)]) == ids:
             tokens = longer[len(ids) :]
     if len(tokens) != 1:
-        hint = f"write {' ' + answer!r}" if len(encode(" " + answer)) == 1 else "give its first token, or another answer"
+        hint = (
+            f"write {' ' + answer!r}" if len(encode(" " + answer)) == 1 else "give its first token, or another answer"
+        )
         pieces = tokenizer.convert_ids_to_tokens(tokens)
         raise ExamplesError(f"the answer {answer!r} of example {row} is {len(tokens)} tokens {pieces}; {hint}")
     return int(tokens[0])

@@ -103,7 +103,9 @@ class Loss(Metric):
         if int(batch.lengths.min()) < 2:
             raise ExamplesError("loss() needs at least two tokens in every example; give longer texts")
         real = batch.mask[:, 1:] & batch.mask[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none")
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"
+        )
         return torch.where(real, losses, 0.0).sum(1) / real.sum(1)
 
 

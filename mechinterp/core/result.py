@@ -65,6 +65,8 @@ class View:
     """A variable written into the cells, such as the top token."""
     title: str = ""
     unit: str = ""
+    mark: str | None = None
+    """A boolean variable whose cells are marked; by default those with q < .05, where there is a q."""
     center: float | None = None
     """The value at the middle of a diverging colour scale; None for a sequential one."""
     select: Mapping[str, Any] = field(default_factory=dict)

@@ -82,7 +82,9 @@ class Trace:
         if isinstance(key, Sites):
             return self.stack(key.kind, key)
         if isinstance(key, Read) and isinstance(key.sites, Sites):
-            layers = key.sites.layers or sorted(r.site.layer or 0 for r in self._tensors if r.site.kind == key.sites.kind)
+            layers = key.sites.layers or sorted(
+                r.site.layer or 0 for r in self._tensors if r.site.kind == key.sites.kind
+            )
             singles = key.sites.of(max(layers, default=-1) + 1)
             return torch.stack([self[replace(key, sites=s)] for s in singles if s.layer in layers])
         if isinstance(key, Read):
@@ -118,9 +120,7 @@ class Trace:
         if not layers:
             raise NeedsError(f"{kind} was not read for {self._owner}; declare it in needs() or reads")
         chosen = of or Sites(kind)
-        return torch.stack(
-            [self[Site(kind, i, chosen.heads, chosen.positions, chosen.per_query_head)] for i in layers]
-        )
+        return torch.stack([self[Site(kind, i, chosen.heads, chosen.positions, chosen.per_query_head)] for i in layers])
 
     @property
     def reads(self) -> tuple[Read, ...]:

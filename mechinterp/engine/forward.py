@@ -1,5 +1,6 @@
 """The forward verb: one pass that gives all reads, stops after the last, and makes logits only where needed."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +52,10 @@ def forward(
     written = any(site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers))
     everywhere = any(r.site.positions is None for r in outside)
     whole = bool(outside or metrics) and (bool(head._forward_hooks) or written or everywhere)
-    needed = [*inside, *([Read(FINAL_NORM)] if outside or metrics else [])]
+    needed = inside + ([Read(FINAL_NORM)] if outside or metrics else [])
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
-    taken = [*dict.fromkeys([*needed, *([full] if whole else [])])]
+    taken = list(dict.fromkeys(needed + ([full] if whole else [])))
     attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=None if whole else stop)
     with attached:
         call(model, batch)
@@ -86,7 +87,7 @@ def score(metric: Metric, batch: TokenBatch, passed: Passed, reference: Passed |
     values = metric.score(passed.logits[metric], batch, passed.rows[metric], against)
     if values.shape != (len(batch),):
         raise ExamplesError(
-            f"the metric {metric} gave shape {tuple(values.shape)} for {len(batch)} examples; return one number for each"
+            f"the metric {metric} gave shape {tuple(values.shape)} for {len(batch)} examples; return one number each"
         )
     return values
 
@@ -179,10 +180,8 @@ def call(model: Model, batch: TokenBatch) -> None:
     kwargs: dict[str, Any] = {"attention_mask": batch.mask.long()} if padded else {}
     if batch.left_padded:
         kwargs["position_ids"] = batch.position_ids
-    try:
+    with contextlib.suppress(Stop):
         model.hf(input_ids=batch.ids, use_cache=False, mechinterp=Pass(batch), **kwargs)
-    except Stop:
-        pass
 
 
 def _fired(reads: Sequence[Read], values: Mapping[Read, Tensor]) -> None:

@@ -6,6 +6,7 @@ them; the runner carries them out.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mechinterp.core.analyzer import Analyzer, Grad, Needs, Sweep, as_reads
@@ -172,7 +173,9 @@ class Plan:
             for p in self.passes
         ]
         widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-        rows = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *lines]]
+        rows = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *lines]
+        ]
         return "\n".join([*rows, f"total {self.token_layers:,} token-layers", *self.notes])
 
 
@@ -202,16 +205,16 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
         longest = max(tokens.lengths)
         for run in work.runs():
             reads, metrics = work.reads[run], work.metrics[run]
-            users = _users(work, lambda need, declared, run=run: _touches(need, declared, run))
+            users = _users(work, partial(_touches, run=run))
             depth = _depth(model, [r.site for r in reads], bool(metrics))
             held = sum(_bytes(model, r, widest, longest, len(batches[-1])) for r in reads)
             passes.append(
-                PlannedPass(
-                    "forward", run, users, len(tokens), len(batches), depth, len(reads), 1, total * depth, held
-                )
+                PlannedPass("forward", run, users, len(tokens), len(batches), depth, len(reads), 1, total * depth, held)
             )
         for (metric, run), sites in work.grads.items():
-            users = _users(work, lambda need, _, key=(metric, run): key in {(g.metric, g.of) for g in need.grads.values()})
+            users = _users(
+                work, lambda need, _, key=(metric, run): key in {(g.metric, g.of) for g in need.grads.values()}
+            )
             held = sum(_bytes(model, Read(s), widest, longest, len(batches[-1])) for s in sites)
             n = model.dims.n_layers
             passes.append(
@@ -226,10 +229,13 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
             )
             n = model.dims.n_layers
             passes.append(
-                PlannedPass("sweep", sweep.base, users, len(tokens), len(batches), n, len(sweep.reads), rows, cost * n, 0)
+                PlannedPass(
+                    "sweep", sweep.base, users, len(tokens), len(batches), n, len(sweep.reads), rows, cost * n, 0
+                )
             )
     for own, reads in work.own.items():
         users = _users(work, lambda need, _, own=own: own in {o.examples for o in need.on.values()})
+        names = dict.fromkeys(name for need in work.needs for name, o in need.on.items() if o.examples == own)
         mine = model.tokenize(own)
         size = batch_size or default_batch_size(mine)
         depth = _depth(model, [r.site for r in reads], False)
@@ -237,7 +243,16 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
         held = sum(_bytes(model, r, widest, longest, min(size, len(mine))) for r in reads)
         passes.append(
             PlannedPass(
-                "forward", "own", users, len(mine), len(mine.batches(size)), depth, len(reads), 1, sum(mine.lengths) * depth, held
+                "forward",
+                f"own: {', '.join(names)}",
+                users,
+                len(mine),
+                len(mine.batches(size)),
+                depth,
+                len(reads),
+                1,
+                sum(mine.lengths) * depth,
+                held,
             )
         )
     notes = ("sweeps: engine full, one whole pass for each row",) if work.sweeps else ()
@@ -283,5 +298,9 @@ def _bytes(model: Model, read: Read, tokens: int, longest: int, examples: int) -
     width = 1
     for axis in KINDS[site.kind].axes:
         width *= sizes.get(axis, 1) * heads.get(axis, 1)
-    places = tokens if site.positions is None else examples * (len(site.positions) if isinstance(site.positions, tuple) else 1)
+    places = (
+        tokens
+        if site.positions is None
+        else examples * (len(site.positions) if isinstance(site.positions, tuple) else 1)
+    )
     return places * width * model.dtype.itemsize

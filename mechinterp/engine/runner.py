@@ -61,9 +61,29 @@ class Run:
 
 
 @overload
-def run(model: Model, examples: Any, analyzers: Analyzer, **options: Any) -> Result: ...
+def run(
+    model: Model,
+    examples: Any,
+    analyzers: Analyzer,
+    *,
+    engine: str = ...,
+    batch_size: int | None = ...,
+    padding_side: str = ...,
+    seed: int = ...,
+    progress: "Progress | bool" = ...,
+) -> Result: ...
 @overload
-def run(model: Model, examples: Any, analyzers: Sequence[Analyzer], **options: Any) -> list[Result]: ...
+def run(
+    model: Model,
+    examples: Any,
+    analyzers: Sequence[Analyzer],
+    *,
+    engine: str = ...,
+    batch_size: int | None = ...,
+    padding_side: str = ...,
+    seed: int = ...,
+    progress: "Progress | bool" = ...,
+) -> list[Result]: ...
 def run(
     model: Model,
     examples: Any,
@@ -171,7 +191,9 @@ def _round(state: Run, analyzers: list[Analyzer], number: int) -> list["Result |
         with torch.no_grad():
             outcome: Any = analyzer.combine(iter(some), Context(state.model, tokens, traces, state.seed))
         if not isinstance(outcome, Result | Analyzer):
-            raise NeedsError(f"{analyzer.name}.combine must return a Result or an Analyzer. Got {type(outcome).__name__}")
+            raise NeedsError(
+                f"{analyzer.name}.combine must return a Result or an Analyzer. Got {type(outcome).__name__}"
+            )
         outcomes.append(outcome)
     return outcomes
 
@@ -216,7 +238,9 @@ def _own_of(on: Mapping[str, Own], all_own: Mapping[Examples, Trace], model: Mod
     out: dict[str, Trace] = {}
     for name, one in on.items():
         shared = all_own[one.examples]
-        out[name] = Trace({r: shared[r] for r in as_reads(one.reads, model.dims.n_layers)}, shared.batch, f"{owner}, {name}")
+        out[name] = Trace(
+            {r: shared[r] for r in as_reads(one.reads, model.dims.n_layers)}, shared.batch, f"{owner}, {name}"
+        )
     return out
 
 
@@ -245,12 +269,10 @@ def _with_backoff(
 
 def _out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in text and "memory" in text
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("alloc" in text and "memory" in text)
 
 
-def _batch(
-    state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping[str, Trace]]
-) -> list[Part | None]:
+def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping[str, Trace]]) -> list[Part | None]:
     """All passes of one batch, then every analyzer's part of it."""
     model, tokens = state.model, state.tokens
     assert tokens is not None
@@ -294,11 +316,13 @@ def _batch(
         if not work.observes(index):
             parts.append(None)
             continue
-        mine = [r for r in work.declared[index]]
+        mine = list(work.declared[index])
 
         def seen(run_name: str, mine: list[Read] = mine, analyzer: Analyzer = analyzer) -> Trace:
             some = {r: everything[r] for r in mine if r.of == run_name}
-            return Trace(some, batch.run(run_name) if batch.corrupted_ids is not None else batch, f"{analyzer.name} ({run_name})")
+            return Trace(
+                some, batch.run(run_name) if batch.corrupted_ids is not None else batch, f"{analyzer.name} ({run_name})"
+            )
 
         view = Batch(
             examples=batch,

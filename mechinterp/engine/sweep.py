@@ -57,7 +57,9 @@ class Grid:
             before, after = sweep.window // 2, sweep.window - sweep.window // 2
             n = model.dims.n_layers
             groups = tuple(
-                tuple(replace(s, layer=i) for i in range(max(0, (s.layer or 0) - before), min(n, (s.layer or 0) + after)))
+                tuple(
+                    replace(s, layer=i) for i in range(max(0, (s.layer or 0) - before), min(n, (s.layer or 0) + after))
+                )
                 for s in sites
             )
         positions: tuple[Position | None, ...]
@@ -74,7 +76,9 @@ class Grid:
             counts = {model.dims.n_heads if s.per_query_head else model.dims.heads(s.kind) for s in sites}
             count = counts.pop()
             if counts or count is None:
-                raise NeedsError(f"heads={sweep.heads!r} needs sites with equal head axes; {sites[0]} is not such a one")
+                raise NeedsError(
+                    f"heads={sweep.heads!r} needs sites with equal head axes; {sites[0]} is not such a one"
+                )
             heads = tuple(range(count)) if isinstance(sweep.heads, str) else sweep.heads
             axes.append((next(s.axes for s in sites)[_head_axis(sites[0])], heads))
         return cls(tuple(axes), groups, positions, heads)
@@ -87,7 +91,9 @@ class Grid:
         """The sites written in each row, in the order of the axes."""
         for group, position, head in itertools.product(self.groups, self.positions, self.heads):
             yield tuple(
-                replace(s, positions=s.positions if position is None else position, heads=s.heads if head is None else head)
+                replace(
+                    s, positions=s.positions if position is None else position, heads=s.heads if head is None else head
+                )
                 for s in group
             )
 
@@ -199,7 +205,9 @@ def _edits(
         values[rows, j] = score(sweep.metric, edited, passed, against)
         tick(1)
     base = runs[sweep.base] if not sweep.given else forward(model, base_batch, (), [sweep.metric], sweep.given)
-    return Swept(values, ("edit",), score(sweep.metric, base_batch, base, clean), None, {}, {"edit": tuple(range(width))})
+    return Swept(
+        values, ("edit",), score(sweep.metric, base_batch, base, clean), None, {}, {"edit": tuple(range(width))}
+    )
 
 
 def _rows(passed: Passed, metric: Any, rows: Sequence[int]) -> Passed:

@@ -33,11 +33,17 @@ class Architecture:
             SiteError: the family has no such site.
         """
         if site.kind in ("q_normed", "k_normed") and not self.qk_norm:
-            raise SiteError(f"{site} does not exist: {self.family} has no q/k-norm; use {site.kind[0]} or {site.kind[0]}_rot")
+            raise SiteError(
+                f"{site} does not exist: {self.family} has no q/k-norm; use {site.kind[0]} or {site.kind[0]}_rot"
+            )
         if site.kind == "router":
             raise SiteError(f"{site} does not exist: {self.family} has dense MLPs; use mlp_gate or mlp_out")
         if site.layer is None:
-            path = {"embed": f"{self.base}.{self.embed}", "final_norm": f"{self.base}.{self.norm}", "logits": self.unembed}
+            path = {
+                "embed": f"{self.base}.{self.embed}",
+                "final_norm": f"{self.base}.{self.norm}",
+                "logits": self.unembed,
+            }
             return Place(path[site.kind], "out")
         layer = self.layer(site.layer)
         path, end = _PLACES[site.kind]

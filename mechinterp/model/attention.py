@@ -21,7 +21,7 @@ from mechinterp.errors import ModelError
 
 PREFIX = "mechinterp_"
 BLOCK_BYTES = 8 << 20
-"""Size of one block of attention probabilities; depends on shapes alone, so that no analyzer moves another's numbers."""
+"""Size of one block of probabilities; blocks depend on shapes alone, so no analyzer moves another's numbers."""
 
 Query: TypeAlias = Float[Tensor, "batch head query d_head"]
 Key: TypeAlias = Float[Tensor, "batch kv_head key d_head"]
@@ -152,8 +152,9 @@ def attention(
     The pass travels down to here as the keyword ``mechinterp``.
     """
     state = kwargs.pop("mechinterp", None)
-    name = module.config._attn_implementation.removeprefix(PREFIX)  # pyright: ignore[reportOptionalMemberAccess]
-    work: list[LayerWork] = [] if state is None else state.attention(module.layer_idx)
+    layer: Any = module
+    name = str(layer.config._attn_implementation).removeprefix(PREFIX)
+    work: list[LayerWork] = [] if state is None else state.attention(layer.layer_idx)
     for each in work:
         query = each.edit("q_rot", query.transpose(1, 2)).transpose(1, 2)
         cached = key.shape[2] - query.shape[2]  # with a key/value cache, keys of earlier steps stand first

@@ -95,9 +95,7 @@ class Attached:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._detach()
         if kind is None and self.passes:
             self.audit()
@@ -127,7 +125,9 @@ class Attached:
         base = self.hf.get_submodule(self.arch.base)
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         for path, acts in ins.items():
-            self._handles.append(self.hf.get_submodule(path).register_forward_pre_hook(self._in(acts), with_kwargs=True))
+            self._handles.append(
+                self.hf.get_submodule(path).register_forward_pre_hook(self._in(acts), with_kwargs=True)
+            )
         for path, acts in outs.items():
             self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(acts)))
         self._work, self._kernel = list(work.values()), None
@@ -184,7 +184,12 @@ class Attached:
         return hook
 
     def _place_write(
-        self, site: Site, write: Intervention, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, "_Attention"]
+        self,
+        site: Site,
+        write: Intervention,
+        ins: dict[str, list[Act]],
+        outs: dict[str, list[Act]],
+        work: dict[int, "_Attention"],
     ) -> None:
         place = self.arch.place(site)
         edit = self._edit(site, write)
@@ -214,7 +219,9 @@ class Attached:
             self._layer(work, site).watched.append(read)
             return
         if read.reduce is not None:
-            raise SiteError(f"{site} cannot be reduced inside the pass; only scores and pattern can, read the rest whole")
+            raise SiteError(
+                f"{site} cannot be reduced inside the pass; only scores and pattern can, read the rest whole"
+            )
 
         def keep(state: Pass, value: Tensor) -> Tensor:
             self.values[read] = select(value, site, state.batch.where(site.positions), self._repeat(site))
@@ -338,7 +345,9 @@ class _Attention:
             where = state.batch.where(site.positions)
             if read.reduce is not None:
                 if where is not None or site.heads is not None:
-                    raise SiteError(f"{site} is reduced, so it takes all heads and queries; choose among them in the function")
+                    raise SiteError(
+                        f"{site} is reduced, so it takes all heads and queries; choose among them in the function"
+                    )
                 reduced[site.kind].append(read)
             elif where is None:
                 whole = side.at(site.kind, slice(0, side.query.shape[2]))
@@ -388,7 +397,11 @@ def select(value: Tensor, site: Site, where: Where | None, repeat: int = 1) -> T
         rows = torch.arange(len(out), device=out.device)
         out = out[rows if where.columns.ndim == 1 else rows[:, None], where.columns]
     if site.heads is not None:
-        out = out[:, _index(site.heads)] if where is not None and where.columns.ndim == 1 else out[:, :, _index(site.heads)]
+        out = (
+            out[:, _index(site.heads)]
+            if where is not None and where.columns.ndim == 1
+            else out[:, :, _index(site.heads)]
+        )
     if where is not None and where.valid is not None:
         valid = where.valid.reshape(*where.valid.shape, *[1] * (out.ndim - where.valid.ndim))
         out = out.masked_fill(~valid, float("nan"))

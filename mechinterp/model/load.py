@@ -9,7 +9,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def load_hf(
     if revision is not None:
         options["revision"] = revision
     with _quietly(), _explained(name, path, local):
-        hf = transformers.AutoModelForCausalLM.from_pretrained(
+        hf: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", use_safetensors=True, attn_implementation=attn_implementation, **options
         )
         tokenizer = _tokenizer(path, options, local)
@@ -163,7 +163,7 @@ def _tokenizer(path: str, options: dict[str, Any], local: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _quietly() -> Generator[None]:
     """Without transformers' own progress bars, whose loading of local weights takes a moment."""
     from transformers.utils import logging
 
@@ -177,7 +177,7 @@ def _quietly() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(name: str, path: str, local: bool) -> Iterator[None]:
+def _explained(name: str, path: str, local: bool) -> Generator[None]:
     """Turn what transformers, safetensors and gguf raise into one sentence with the fix."""
     try:
         yield

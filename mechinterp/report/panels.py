@@ -44,7 +44,7 @@ class Heat:
     q: Numbers | None = None
     """``y x``; None where the result has none."""
     marked: npt.NDArray[np.bool_] | None = None
-    """Cells with q < .05 (and above their null, where the result has one), ``y x``."""
+    """Cells that the view marks, by default those with q < .05, ``y x``."""
 
     @property
     def cell_text(self) -> npt.NDArray[Any]:
@@ -212,18 +212,21 @@ def _heat(frame: pd.DataFrame, view: View) -> Heat:
     cells, (y, x) = _cells(frame, view.y, view.x)
     values = cells.mean(view.value)
     low, high = _limits(values, view.center)
-    q, null, marked = cells.own("q"), cells.own("null"), None
-    if q is not None:
+    q, chosen = cells.own("q"), cells.own(view.mark) if view.mark else None
+    marked, note = None, ""
+    if chosen is not None:
+        marked = np.nan_to_num(chosen) > 0
+        note = f"• {view.mark}" if marked.any() else f"no cell is {view.mark}"
+    elif q is not None:
         marked = np.nan_to_num(q, nan=1.0) < ALPHA
-        if null is not None:  # tests have two sides, and a cell below its null is no finding here
-            marked &= values > null
+        note = _dots(q, marked)
     text = None
     if view.text is not None and cells.single:
         text = np.full(cells.shape, "", dtype=object)
         text[cells.at] = frame[view.text].astype(str).to_numpy(object)
     return Heat(
         title=view.title or f"{view.value} by {view.y} and {view.x}",
-        note="" if q is None or marked is None else _dots(q, marked, " above the null" if null is not None else ""),
+        note=note,
         label=view.unit or view.value,
         values=values,
         x=_names(x),
@@ -240,10 +243,10 @@ def _heat(frame: pd.DataFrame, view: View) -> Heat:
     )
 
 
-def _dots(q: Numbers, marked: npt.NDArray[np.bool_], above: str) -> str:
+def _dots(q: Numbers, marked: npt.NDArray[np.bool_]) -> str:
     if not marked.any():
-        return f"no cell is{above or ' significant'} (q < .05)" if np.isfinite(q).any() else "too few examples to test"
-    return f"•{above}{',' if above else ''} q < .05; no dot: not significant"
+        return "no cell is significant (q < .05)" if np.isfinite(q).any() else "too few examples to test"
+    return "• q < .05; no dot: not significant"
 
 
 def _limits(values: Numbers, center: float | None) -> tuple[float, float]:

@@ -4,9 +4,28 @@ import random
 
 from mechinterp.core.examples import Examples, Span
 
-NAMES = (
-    "Mary John Tom James Sarah Anna Alice David Paul Mark Emma Kate Laura Peter Simon Lucy Jack Adam Helen Robert"
-).split()  # one token each, after a space, in the common Llama and Qwen tokenizers
+NAMES = [
+    "Mary",
+    "John",
+    "Tom",
+    "James",
+    "Sarah",
+    "Anna",
+    "Alice",
+    "David",
+    "Paul",
+    "Mark",
+    "Emma",
+    "Kate",
+    "Laura",
+    "Peter",
+    "Simon",
+    "Lucy",
+    "Jack",
+    "Adam",
+    "Helen",
+    "Robert",
+]  # one token each, after a space, in the common Llama and Qwen tokenizers
 PLACES = ("store", "park", "school", "office", "station", "library", "market", "garden")
 OBJECTS = ("drink", "book", "letter", "ring", "ball", "gift", "map", "coat")
 TEMPLATES = (
