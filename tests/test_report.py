@@ -1,7 +1,7 @@
 """Figures, files and pages: the same numbers everywhere, whole or not at all, and never a token's own HTML."""
 
-import dataclasses
 import base64
+import dataclasses
 import errno
 import hashlib
 import html.parser
