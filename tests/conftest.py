@@ -11,7 +11,7 @@ import mechinterp as mi  # noqa: E402
 from mechinterp.model.architecture import FAMILIES  # noqa: E402
 from mechinterp.testing import tiny  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run in several processes
 
 _MODELS: dict[str, mi.Model] = {}
 

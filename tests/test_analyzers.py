@@ -54,6 +54,17 @@ def test_components_sum_to_the_logit_difference(model: mi.Model) -> None:
     assert dla.table()["component"].nunique() == 1 + 3 * (4 + 1)
 
 
+def test_answer_sets_of_different_size_are_averaged(model: mi.Model) -> None:
+    sets = [([5, 6], 9), (7, [8, 3, 4])]
+    examples = mi.Examples.of([[11, 12, 13], [14, 15, 16, 17]], answers=sets)
+    dla, lens = mi.run(model, examples, [mi.DirectLogitAttribution(), mi.LogitLens()])
+    for row, (right, wrong) in enumerate(sets):
+        logits = model.trace(examples.texts[row], sites.logits(positions="end"))[sites.logits(positions="end")][0]
+        expected = float(logits[right].mean() - logits[wrong].mean())
+        assert float(lens.data["logit_diff"].sel(layer=2, example=row)) == pytest.approx(expected, abs=1e-4)
+        assert float(dla.data["attribution"].sel(example=row).sum()) == pytest.approx(expected, abs=1e-4)
+
+
 def test_each_component_by_hand(model: mi.Model) -> None:
     """Against the components themselves, folded through the norm's own scale."""
     examples = mi.tasks.ioi(4, seed=4)

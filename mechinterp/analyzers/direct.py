@@ -46,32 +46,22 @@ class DirectLogitAttribution(Analyzer):
     def observe(self, batch: Batch) -> Part:
         model = batch.model
         final = batch.clean[sites.resid_post(model.dims.n_layers - 1)].float()  # example d_model
-        direction = self._mean_row(batch, 0)
-        two_sided = batch.examples.answers is not None and all(len(a) > 1 for a in batch.examples.answers)
-        if two_sided:
-            direction = direction - self._mean_row(batch, 1)
-        direction = model.norm_scale(final) * direction
+        ids, weights = batch.examples.contrast()
+        along = torch.einsum("nad,na->nd", model.W_U[ids].float(), weights)
+        direction = model.norm_scale(final) * along
         columns = [(batch.clean[sites.embed()].float() * direction).sum(-1, keepdim=True)]
         z, mlp = batch.clean.stack("z").float(), batch.clean.stack("mlp_out").float()
         for layer in range(model.dims.n_layers):
-            read_out = torch.einsum(
-                "hed,nd->nhe", model.W_O(layer).float(), direction
-            )  # through W_O, no head_out built
+            # The direction pulled back through W_O, so that no head_out is built.
+            read_out = torch.einsum("hed,nd->nhe", model.W_O(layer).float(), direction)
             columns.append((z[layer] * read_out).sum(-1))
             columns.append((mlp[layer] * direction).sum(-1, keepdim=True))
             bias = model.b_O(layer)
             if bias is not None:
                 columns.append((direction @ bias.float())[:, None])
         if model.b_U is not None:
-            right = model.b_U[batch.examples.side(0)].float().mean(1)
-            columns.append((right - model.b_U[batch.examples.side(1)].float().mean(1) if two_sided else right)[:, None])
+            columns.append((model.b_U[ids].float() * weights).sum(1, keepdim=True))
         return Part(torch.cat(columns, 1), "example component")
-
-    def _mean_row(self, batch: Batch, side: int) -> torch.Tensor:
-        """Mean unembedding row of the answers, ``example d_model``."""
-        batch.examples.side(side)  # raises where there are none
-        rows = [batch.model.W_U[list(sides[side])].float().mean(0) for sides in batch.examples.answers or ()]
-        return torch.stack(rows)
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         data = Result.of(parts, unit="logits").data.rename(value="attribution")

@@ -1,6 +1,6 @@
 """Logit lens: what the residual stream would predict if the model stopped at each layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,46 +45,38 @@ class LogitLens(Analyzer):
 
     def observe(self, batch: Batch) -> Part:
         resid = batch.clean.stack("resid_post")  # layer example [position] d_model
-        shape, many = resid.shape[:-1], resid.ndim == 4
+        shape = resid.shape[:-1]
         flat = resid.flatten(1, -2)
-        answers, wrong = _answers(batch)
-        if many:
-            answers = [a.repeat_interleave(shape[2], 0) for a in answers]
-            wrong = [a.repeat_interleave(shape[2], 0) for a in wrong]
-        rows = [
-            torch.cat(columns)
-            for columns in zip(
-                *(
-                    self._read(flat[layer, i : i + TOKENS_AT_ONCE], batch.model, _cut(answers, i), _cut(wrong, i))
-                    for layer in range(shape[0])
-                    for i in range(0, flat.shape[1], TOKENS_AT_ONCE)
-                ),
-                strict=True,
-            )
+        example = torch.arange(shape[1], device=resid.device).repeat_interleave(flat.shape[1] // shape[1])
+        pieces = [
+            self._read(layer[i : i + TOKENS_AT_ONCE], example[i : i + TOKENS_AT_ONCE], batch)
+            for layer in flat
+            for i in range(0, len(example), TOKENS_AT_ONCE)
         ]
-        axes = "layer example position" if many else "layer example"
-        entropy, top_prob, top_id = rows[0].view(shape), rows[1].view(*shape, -1), rows[2].view(*shape, -1)
+        axes = "layer example position" if resid.ndim == 4 else "layer example"
         values: dict[str, tuple[Any, str]] = {}
-        if answers:
-            values |= {"prob": (rows[3].view(shape), axes), "rank": (rows[4].view(shape), axes)}
-        if wrong:
-            values["logit_diff"] = (rows[5].view(shape), axes)
-        values["entropy"] = (entropy, axes)
-        values["top_prob"] = (top_prob, f"{axes} k")
-        values["top_id"] = (top_id, f"{axes} k")
+        for name, first in pieces[0].items():
+            whole = torch.cat([piece[name] for piece in pieces])
+            values[name] = (whole.view(*shape, *first.shape[1:]), axes if first.ndim == 1 else f"{axes} k")
         return Part(values)
 
-    def _read(self, resid: Tensor, model: Model, answers: list[Tensor], wrong: list[Tensor]) -> list[Tensor]:
-        """Entropy, top probabilities and ids, then what is known of the answers, for ``token d_model``."""
-        logits = model.unembed(model.norm(resid)).float()
-        logprobs = logits - logits.logsumexp(-1, keepdim=True)
+    def _read(self, resid: Tensor, example: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What the lens says of some residuals, ``token d_model``, of the given rows of the batch."""
+        logits = batch.model.unembed(batch.model.norm(resid)).float()
+        total = logits.logsumexp(-1)
+        out: dict[str, Tensor] = {}
+        if batch.examples.answers is not None:
+            best = logits.gather(1, batch.examples.side(0)[example]).amax(1)
+            out["prob"] = (best - total).exp()
+            out["rank"] = (logits > best[:, None]).sum(1)
+        if batch.examples.two_sided:
+            ids, weights = batch.examples.contrast()
+            out["logit_diff"] = (logits.gather(1, ids[example]) * weights[example]).sum(1)
         top = logits.topk(self.top_k, -1)
-        out = [-(logprobs.exp() * logprobs).sum(-1), logprobs.gather(1, top.indices).exp(), top.indices]
-        if answers:
-            best = logits.gather(1, answers[0]).amax(1)
-            out += [logprobs.gather(1, answers[0]).amax(1).exp(), (logits > best[:, None]).sum(1)]
-        if wrong:
-            out.append(logits.gather(1, answers[0]).mean(1) - logits.gather(1, wrong[0]).mean(1))
+        # -Σ p log p = log Z - Σ p · logit: one product instead of a second pass over the vocabulary
+        probs = (logits - total[:, None]).exp_()
+        out["entropy"] = total - torch.linalg.vecdot(probs, logits)
+        out["top_prob"], out["top_id"] = (top.values - total[:, None]).exp(), top.indices
         return out
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
@@ -129,15 +121,3 @@ class LogitLens(Analyzer):
                 select={"k": 0, "example": 0},
             )
         return Result(data, {"top_k": self.top_k}, tuple(views))
-
-
-def _answers(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-    """Right and wrong answer ids, ``example answers``; empty lists where there are none."""
-    answers = batch.examples.answers
-    if answers is None:
-        return [], []
-    return [batch.examples.side(0)], [batch.examples.side(1)] if all(len(a) > 1 for a in answers) else []
-
-
-def _cut(columns: Sequence[Tensor], start: int) -> list[Tensor]:
-    return [c[start : start + TOKENS_AT_ONCE] for c in columns]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechinterp.errors import AlignmentError, ExamplesError
@@ -333,6 +333,27 @@ class TokenBatch:
         width = max(len(sides[index]) for sides in self.answers)
         rows = [[*s[index], *[s[index][0]] * (width - len(s[index]))] for s in self.answers]
         return torch.tensor(rows, device=self.ids.device)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether every example has wrong answers as well as right ones."""
+        return self.answers is not None and all(len(sides) > 1 for sides in self.answers)
+
+    def contrast(self) -> tuple[Int[Tensor, "example answers"], Float[Tensor, "example answers"]]:
+        """Ids and weights whose product with logits is the logit difference (or the right answer's logit).
+
+        Raises:
+            ExamplesError: the examples have no answers.
+        """
+        if not self.two_sided:
+            return self.side(0), self.weights(0)
+        return torch.cat([self.side(0), self.side(1)], 1), torch.cat([self.weights(0), -self.weights(1)], 1)
+
+    def weights(self, index: int) -> Float[Tensor, "example answers"]:
+        """1/n at each of a row's n answers on a side and 0 at padding, so that ``(x * weights).sum(1)`` is a mean."""
+        sizes = torch.tensor([len(sides[index]) for sides in self.answers or ()], device=self.ids.device)
+        real = torch.arange(self.side(index).shape[1], device=self.ids.device) < sizes[:, None]
+        return real / sizes[:, None]
 
     def where(self, positions: Position | tuple[Position, ...] | None, strict: bool = True) -> Where | None:
         """Columns of `positions` in every row; None means all columns.

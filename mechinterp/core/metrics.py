@@ -54,10 +54,11 @@ class LogitDiff(Metric):
     """Mean logit of the right answers minus mean logit of the wrong ones."""
 
     def rows(self, batch: TokenBatch) -> Rows:
-        return torch.cat([batch.side(0).flatten(), batch.side(1).flatten()]).unique()
+        batch.side(1)  # raises where there are none
+        return batch.contrast()[0].unique()
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
-        return _mean_logit(logits, batch, 0, rows) - _mean_logit(logits, batch, 1, rows)
+        return _weigh(logits, rows, *batch.contrast())
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class AnswerLogit(Metric):
         return batch.side(0).unique()
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
-        return _mean_logit(logits, batch, 0, rows)
+        return _weigh(logits, rows, batch.side(0), batch.weights(0))
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class AnswerProb(Metric):
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
         probs = logits.float().softmax(-1).gather(1, batch.side(0))
-        return torch.stack([p[: len(s[0])].sum() for p, s in zip(probs, batch.answers or (), strict=True)])
+        return (probs * (batch.weights(0) > 0)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,7 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
     return metric if isinstance(metric, Metric) else Function(fn=metric)
 
 
-def _mean_logit(logits: Tensor, batch: TokenBatch, side: int, rows: Rows) -> Scores:
-    ids = batch.side(side)
+def _weigh(logits: Tensor, rows: Rows, ids: Tensor, weights: Tensor) -> Scores:
+    """Sum of weighted logits of chosen ids, for ``example rows``."""
     at = ids if rows is None else torch.searchsorted(rows, ids)
-    values = logits.gather(1, at)
-    sizes = torch.tensor([len(sides[side]) for sides in batch.answers or ()], device=logits.device)
-    real = torch.arange(ids.shape[1], device=logits.device) < sizes[:, None]
-    return torch.where(real, values, 0.0).sum(1) / sizes
+    return (logits.gather(1, at) * weights).sum(1)

@@ -1,0 +1,31 @@
+"""The benchmarks compare like with like: the floor and the peers give our numbers. No times are checked."""
+
+import importlib.util
+
+import pytest
+
+import mechinterp as mi
+from benchmarks import shared_pass
+
+
+@pytest.fixture(scope="module")
+def work(smollm2: mi.Model) -> shared_pass.Work:
+    return shared_pass.Work(smollm2, mi.tasks.ioi(4))
+
+
+@pytest.fixture(scope="module")
+def ours(work: shared_pass.Work) -> list[mi.Result]:
+    return mi.run(work.model, work.examples, work.analyzers)
+
+
+def test_the_floor_does_our_work(work: shared_pass.Work, ours: list[mi.Result]) -> None:
+    assert shared_pass.difference(ours, shared_pass.floor(work)["floor"]()) <= 1e-5
+
+
+@pytest.mark.parametrize("peer", shared_pass.PEERS)
+@pytest.mark.filterwarnings("ignore")
+def test_peers_do_our_work(peer: str, work: shared_pass.Work, ours: list[mi.Result]) -> None:
+    if importlib.util.find_spec(peer) is None:
+        pytest.skip(f"{peer} is not installed")
+    read = shared_pass.PEERS[peer](work, str(work.model.hf.config._name_or_path))
+    assert shared_pass.difference(ours, work.finish(read())) <= shared_pass.TOLERANCE
