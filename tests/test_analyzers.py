@@ -40,6 +40,17 @@ def test_earlier_layers_of_the_lens_by_hand(model: mi.Model) -> None:
         assert np.isnan(top[lengths[row] :]).all()
 
 
+def test_the_lens_at_chosen_positions(model: mi.Model) -> None:
+    """Two positions of texts of two tokens: an axis of choices is not one of tokens."""
+    texts = mi.Examples.of([[5, 6], [7], [8, 9]], answers=[3, 4, 5])
+    whole = mi.run(model, texts, mi.LogitLens(positions=None)).data["prob"]
+    chosen = mi.run(model, texts, mi.LogitLens(positions=("end", 0)), padding_side="left").data["prob"]
+    assert list(chosen["position"].values) == ["end", "0"]
+    np.testing.assert_allclose(chosen.sel(position="0"), whole.sel(position=0), atol=1e-5)
+    np.testing.assert_allclose(chosen.sel(position="end", example=1), whole.sel(position=0, example=1), atol=1e-5)
+    np.testing.assert_allclose(chosen.sel(position="end", example=0), whole.sel(position=1, example=0), atol=1e-5)
+
+
 def test_the_lens_needs_no_answers(model: mi.Model) -> None:
     result = mi.run(model, [[5, 6, 7]], mi.LogitLens(top_k=2))
     assert set(result.data.data_vars) == {"entropy", "top_prob", "top_id", "top_token"}

@@ -1,7 +1,5 @@
 """The benchmarks compare like with like: the floor and the peers give our numbers. No times are checked."""
 
-import importlib.util
-
 import pytest
 
 import mechinterp as mi
@@ -25,7 +23,5 @@ def test_the_floor_does_our_work(work: shared_pass.Work, ours: list[mi.Result]) 
 @pytest.mark.parametrize("peer", shared_pass.PEERS)
 @pytest.mark.filterwarnings("ignore")
 def test_peers_do_our_work(peer: str, work: shared_pass.Work, ours: list[mi.Result]) -> None:
-    if importlib.util.find_spec(peer) is None:
-        pytest.skip(f"{peer} is not installed")
     read = shared_pass.PEERS[peer](work, str(work.model.hf.config._name_or_path))
     assert shared_pass.difference(ours, work.finish(read())) <= shared_pass.TOLERANCE

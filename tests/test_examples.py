@@ -94,9 +94,9 @@ def test_files(tmp_path: Path) -> None:
     assert examples.texts == ("a b", "e")
     assert examples.answers == (((" c",), (" d",)), ((" f",), (" g",)))
     assert examples.labels == (1, 0)
-    (tmp_path / "x.csv").write_text('clean,corrupted,answer\n"a, b",c,d\n')
+    (tmp_path / "x.csv").write_text('clean,corrupted,answer\n"a,\nb",c,d\n')
     pairs = mi.Examples.from_csv(tmp_path / "x.csv")
-    assert (pairs.texts, pairs.corrupted, pairs.answers) == (("a, b",), ("c",), ((("d",),),))
+    assert (pairs.texts, pairs.corrupted, pairs.answers) == (("a,\nb",), ("c",), ((("d",),),))
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(ExamplesError, match=r"bad.jsonl:2 is not JSON"):
         mi.Examples.from_jsonl(tmp_path / "bad.jsonl")

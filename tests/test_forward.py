@@ -1,5 +1,7 @@
 """Laws of the forward pass, on every family."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -165,6 +167,13 @@ def test_the_pass_stops_after_the_last_read(model: mi.Model, ids: list[list[int]
 
 
 @torch.no_grad()
+def test_the_table_of_kinds_is_in_the_order_of_the_pass(model: mi.Model) -> None:
+    """The later of any two sites of a layer is where the pass may stop: both must have fired by then."""
+    for pair in itertools.combinations([k for k in kinds_of(model) if KINDS[k].layered], 2):
+        trace = model.trace([5, 6, 7], [Site(kind, 1) for kind in pair])
+        assert len(trace) == 2
+
+
 def test_logits_at_some_positions_are_those_of_the_full_pass(model: mi.Model) -> None:
     texts = padded(model)
     full = model.trace(texts, "logits")["logits"]

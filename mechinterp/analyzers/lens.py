@@ -1,6 +1,6 @@
 """Logit lens: what the residual stream would predict if the model stopped at each layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.sites import Position
 
+MEASURES = ("prob", "rank", "logit_diff")
 TOKENS_AT_ONCE = 256
 """Residuals unembedded together: enough for a good matrix product, little beside the vocabulary."""
 
@@ -27,8 +28,8 @@ class LogitLens(Analyzer):
 
     Result (``layer example``, and ``position`` when there are several): ``prob`` and ``rank`` of the
     best right answer (rank 0 is the top), ``logit_diff`` where there are wrong answers, ``entropy``
-    in nats; ``top_token``, ``top_prob`` (with axis ``k``); over examples ``mean_prob`` with its
-    bootstrap interval.
+    in nats; ``top_token``, ``top_prob`` (with axis ``k``); ``mean`` over examples of each
+    ``measure`` with its bootstrap interval.
 
     Attributes:
         top_k: tokens listed for every layer.
@@ -58,7 +59,11 @@ class LogitLens(Analyzer):
         for name, first in pieces[0].items():
             whole = torch.cat([piece[name] for piece in pieces])
             values[name] = (whole.view(*shape, *first.shape[1:]), axes if first.ndim == 1 else f"{axes} k")
-        return Part(values)
+        coords: dict[str, Sequence[Any]] = {}
+        if resid.ndim == 4 and self.positions is not None:  # chosen ones, rather than every token
+            names = self.positions if isinstance(self.positions, tuple) else range(shape[2])
+            coords["position"] = list(names)
+        return Part(values, coords=coords)
 
     def _read(self, resid: Tensor, example: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the lens says of some residuals, ``token d_model``, of the given rows of the batch."""
@@ -85,39 +90,37 @@ class LogitLens(Analyzer):
         ids = data["top_id"].values
         names = context.model.to_str_tokens(ids.clip(min=0).ravel().tolist())
         data["top_token"] = (data["top_id"].dims, np.where(ids < 0, "", np.array(names, dtype=str).reshape(ids.shape)))
-        views: list[View] = []
-        if "prob" in data:
-            over = data["prob"].transpose("example", ...)
-            summary = summarize(over.values, context.seed)
-            dims = over.dims[1:]
-            data["mean_prob"], data["ci_low"], data["ci_high"] = (
-                (dims, summary.mean),
-                (dims, summary.ci_low),
-                (dims, summary.ci_high),
-            )
-            title = "Logit lens: probability of the right answer"
-            views.append(View("lines", "mean_prob", "layer", title=title, unit="probability"))
-        views.append(
-            View(
-                "heatmap",
-                "top_prob",
-                "example",
-                "layer",
-                text="top_token",
-                title="Logit lens: top token",
-                unit="probability",
-                select={"k": 0},
-            )
+        measures = [name for name in MEASURES if name in data]
+        if measures:
+            over = [data[name].transpose("example", ...) for name in measures]
+            found = [summarize(one.values, context.seed) for one in over]
+            dims = ("measure", *over[0].dims[1:])
+            data = data.assign_coords(measure=measures)
+            for name in ("mean", "ci_low", "ci_high"):
+                data[name] = (dims, np.stack([getattr(one, name) for one in found]))
+        return Result(data, {"top_k": self.top_k}, _views(measures, "position" in data.dims))
+
+
+def _views(measures: list[str], many: bool) -> tuple[View, ...]:
+    titles = {
+        "prob": ("Logit lens: probability of the right answer", "probability"),
+        "logit_diff": ("Logit lens: right answer against wrong", "logit difference"),
+    }
+    lines = [
+        View(
+            "lines", "mean", "layer", title=title, unit=unit, by="position" if many else None, select={"measure": name}
         )
-        if "position" in data.dims:
-            views[-1] = View(
-                "heatmap",
-                "top_prob",
-                "position",
-                "layer",
-                text="top_token",
-                title="Logit lens: top token of the first example",
-                unit="probability",
-                select={"k": 0, "example": 0},
-            )
-        return Result(data, {"top_k": self.top_k}, tuple(views))
+        for name, (title, unit) in titles.items()
+        if name in measures
+    ]
+    top = View(
+        "heatmap",
+        "top_prob",
+        "position" if many else "example",
+        "layer",
+        text="top_token",
+        title="Logit lens: top token" + (" of the first example" if many else ""),
+        unit="probability",
+        select={"k": 0, "example": 0} if many else {"k": 0},
+    )
+    return (*lines, top)

@@ -7,6 +7,7 @@ first real one, so padding on either side changes nothing.
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -162,7 +163,7 @@ class Examples:
     @classmethod
     def from_csv(cls, path: str | Path) -> "Examples":
         """A CSV file with a header line, with the columns of `from_dataset`."""
-        return cls.from_dataset(csv.DictReader(_read(path).splitlines()))
+        return cls.from_dataset(csv.DictReader(io.StringIO(_read(path), newline="")))
 
     def tokenize(self, tokenizer: Any, context: int | None = None) -> "Tokens":
         """Token ids for every example.

@@ -24,7 +24,8 @@ class Part:
 
     ``Part(tensor, "layer example")`` holds one, named ``value``; ``Part({"prob": (tensor, "layer
     example"), ...})`` several. The engine adds the coordinates of ``layer`` from the declared reads,
-    moves tensors to the CPU, and marks padding along ``position`` as NaN.
+    moves tensors to the CPU, and marks padding as NaN along ``position`` (and ``query``, ``key``),
+    unless the part gives that axis coordinates of its own.
     """
 
     values: Mapping[str, tuple[Any, str]]

@@ -387,7 +387,7 @@ def _stamp(part: Part, analyzer: Analyzer, batch: TokenBatch, layers: list[list[
                         f"{analyzer.name}: part {name!r} has {value.shape[names.index('example')]} examples"
                         f" in a batch of {len(batch)}; keep every example"
                     )
-                for axis in {"position", "query", "key"} & set(names):
+                for axis in ({"position", "query", "key"} & set(names)) - coords.keys():
                     value = _align(value, names.index("example"), names.index(axis), batch)
         if "layer" in names and "layer" not in coords:
             n = value.shape[names.index("layer")]
