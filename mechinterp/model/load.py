@@ -46,7 +46,7 @@ def load_hf(
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     if revision is not None:
         options["revision"] = revision
-    with _quietly(), _explained(name, path, local):
+    with _quietly(local), _explained(name, path, local):
         hf: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", use_safetensors=True, attn_implementation=attn_implementation, **options
         )
@@ -163,17 +163,23 @@ def _tokenizer(path: str, options: dict[str, Any], local: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Generator[None]:
-    """Without transformers' own progress bars, whose loading of local weights takes a moment."""
-    from transformers.utils import logging
+def _quietly(local: bool = True) -> Generator[None]:
+    """Without the hub's lines about each retry and, for local weights, without transformers' own bar."""
+    import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging
+
+    hub = logging.getLogger("huggingface_hub")
+    shown, level = transformers_logging.is_progress_bar_enabled(), hub.level
+    if local:  # a download takes long enough to show its bar
+        transformers_logging.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        hub.setLevel(level)
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -186,7 +192,8 @@ def _explained(name: str, path: str, local: bool) -> Generator[None]:
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
-        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+        said = (lines or [type(error).__name__])[0][:200]
         if not local:
             raise ModelError(
                 f"{name!r} is no folder, no .gguf file and no bundled model ({', '.join(BUNDLED)}), and the hub"
