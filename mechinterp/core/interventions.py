@@ -5,13 +5,14 @@ its axis. Several interventions at one site act in the order given; reads see wh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mechinterp.sites import KINDS, Site, Sites
+from mechinterp.errors import HookError
+from mechinterp.sites import Site, Sites, resolve
 
 Where: TypeAlias = Site | Sites | str
 
@@ -26,25 +27,40 @@ class Intervention:
         """The new value of the slice; same shape, never changed in place."""
         raise TypeError("Intervention is abstract; use Replace, Add, Scale, Zero, Mean, Noise, Project, Steer or Apply")
 
+    def for_rows(self, rows: tuple[int, ...]) -> "Intervention":
+        """The same for a batch of some examples, given by number; () is a batch as it comes."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class Replace(Intervention):
-    """Put `value` there (broadcast to the slice): activation patching when it comes from another run."""
+    """Put `value` there (broadcast to the slice): activation patching when it comes from another run.
+
+    With an axis of examples in front (as many axes as the slice), its rows follow the examples' order.
+    """
 
     value: Tensor
+    rows: tuple[int, ...] = ()
 
     def __call__(self, value: Tensor) -> Tensor:
-        return self.value.to(value).expand_as(value)
+        return _of_rows(self.value, self.rows, value).to(value).expand_as(value)
+
+    def for_rows(self, rows: tuple[int, ...]) -> "Replace":
+        return replace(self, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)
 class Add(Intervention):
-    """Add `value` (broadcast to the slice)."""
+    """Add `value` (broadcast to the slice); with an axis of examples as in `Replace`."""
 
     value: Tensor
+    rows: tuple[int, ...] = ()
 
     def __call__(self, value: Tensor) -> Tensor:
-        return value + self.value.to(value)
+        return value + _of_rows(self.value, self.rows, value).to(value)
+
+    def for_rows(self, rows: tuple[int, ...]) -> "Add":
+        return replace(self, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +92,11 @@ class Mean(Intervention):
     reference: Tensor
 
     def __call__(self, value: Tensor) -> Tensor:
-        site = Site.parse(self.site) if isinstance(self.site, str) else self.site
-        own = 2 if KINDS[site.kind].head_axis and not isinstance(site.heads, int) else 1
+        site = resolve(self.site, 1)[0]
+        if site.kind in ("scores", "pattern"):
+            own = value.ndim - 1
+        else:
+            own = 2 if site.spec.head_axis and not isinstance(site.heads, int) else 1
         mean = self.reference.reshape(-1, *self.reference.shape[-own:]).nanmean(0)
         return mean.to(value).expand_as(value)
 
@@ -93,7 +112,11 @@ class Noise(Intervention):
     seed: int = 0
 
     def __call__(self, value: Tensor) -> Tensor:
-        draw = torch.randn(value.shape[1:], generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        if value.ndim == 2:
+            draw = torch.randn(value.shape[1:], generator=generator)
+        else:  # position by position, so that a longer batch begins with the same draw
+            draw = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(value.shape[1])])
         return value + (self.std * draw).to(value)
 
 
@@ -128,3 +151,12 @@ class Apply(Intervention):
 
     def __call__(self, value: Tensor) -> Tensor:
         return self.fn(value)
+
+
+def _of_rows(value: Tensor, rows: tuple[int, ...], part: Tensor) -> Tensor:
+    """The rows of a value that has one for every example; any other value as it is."""
+    if not rows or value.ndim != part.ndim or value.shape[0] == 1:
+        return value
+    if max(rows) >= len(value):
+        raise HookError(f"a value of shape {tuple(value.shape)} has no row for example {max(rows)}; give one for each")
+    return value[list(rows)]

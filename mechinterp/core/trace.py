@@ -51,6 +51,10 @@ class Read:
     of: Run = "clean"
     reduce: Reduce | None = None
 
+    def __post_init__(self) -> None:
+        if self.of not in ("clean", "corrupted"):
+            raise NeedsError(f"The of of Read must be 'clean' or 'corrupted'. Got {self.of!r}")
+
     @property
     def site(self) -> Site:
         """The one site of a read that the engine has made single."""
@@ -82,11 +86,9 @@ class Trace:
         if isinstance(key, Sites):
             return self.stack(key.kind, key)
         if isinstance(key, Read) and isinstance(key.sites, Sites):
-            layers = key.sites.layers or sorted(
-                r.site.layer or 0 for r in self._tensors if r.site.kind == key.sites.kind
-            )
-            singles = key.sites.of(max(layers, default=-1) + 1)
-            return torch.stack([self[replace(key, sites=s)] for s in singles if s.layer in layers])
+            read = {r.site.layer for r in self._tensors if r.site.kind == key.sites.kind} - {None}
+            layers = tuple(sorted(set(key.sites.layers or read)))
+            return torch.stack([self[replace(key, sites=s)] for s in replace(key.sites, layers=layers).of(0)])
         if isinstance(key, Read):
             found = [r for r in self._tensors if r == key]
         else:
@@ -116,7 +118,7 @@ class Trace:
             Site.parse(kind)
         layers = sorted({r.site.layer for r in self._tensors if r.site.kind == kind and r.site.layer is not None})
         if of is not None and of.layers is not None:
-            layers = list(of.layers)
+            layers = sorted(set(of.layers))
         if not layers:
             raise NeedsError(f"{kind} was not read for {self._owner}; declare it in needs() or reads")
         chosen = of or Sites(kind)

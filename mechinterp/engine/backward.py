@@ -1,12 +1,12 @@
 """The backward verb: gradients of a metric at any sites, one backward per distinct metric."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechinterp.core.examples import TokenBatch
-from mechinterp.core.interventions import Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import FINAL_NORM, Passed, call
@@ -22,7 +22,6 @@ def backward(
     sites: Sequence[Site],
     metric: Metric,
     reference: Passed | None = None,
-    writes: Sequence[Intervention] = (),
 ) -> Mapping[Read, Tensor]:
     """Gradient of the metric, summed over examples, at each site; the site's own shape.
 
@@ -33,13 +32,19 @@ def backward(
     """
     places = list(dict.fromkeys(site.whole for site in sites))
     with torch.enable_grad():
-        norm = Read(FINAL_NORM)
-        attached = Attached(model.hf, model.arch, model.dims, writes, [norm], places, stop=FINAL_NORM)
+        head: Any = model.hf.get_submodule(model.arch.unembed)
+        written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
+        last = Read(Site("logits") if written else FINAL_NORM)
+        stop = None if written else FINAL_NORM
+        attached = Attached(model.hf, model.arch, model.dims, (), [last], places, stop=stop)
         with attached:
             call(model, batch)
-            final = attached.values[norm]
+            final = select(attached.values[last], last.site, batch.where(metric.positions))
         rows = metric.rows(batch)
-        logits = model.unembed(select(final, FINAL_NORM, batch.where(metric.positions)), rows)
+        if written:
+            logits = final if rows is None else final[..., rows]
+        else:
+            logits = model.unembed(final, rows)
         against = None if reference is None else reference.logits[metric]
         total = metric.score(logits, batch, rows, against).sum()
         tensors = [attached.captured[place] for place in places]

@@ -38,33 +38,40 @@ def forward(
     reads: Sequence[Read] = (),
     metrics: Sequence[Metric] = (),
     writes: Sequence[Intervention] = (),
+    lenient: bool = False,
 ) -> Passed:
     """Run `batch.ids` once.
+
+    Args:
+        lenient: rows that lack a position that is written are left as they are (a sweep marks them).
 
     Raises:
         SiteError: a site that the model lacks.
         HookError: a read that did not fire or a write that was not reached.
     """
+    if not reads and not metrics:
+        return Passed({}, {}, {})
     inside = [r for r in reads if r.site.kind != "logits"]
     outside = [r for r in reads if r.site.kind == "logits"]
     # Somebody may be writing logits: then, and for all positions, the model makes them itself.
     head: Any = model.hf.get_submodule(model.arch.unembed)
     written = any(site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers))
     everywhere = any(r.site.positions is None for r in outside)
-    whole = bool(outside or metrics) and (bool(head._forward_hooks) or written or everywhere)
+    forced = bool(outside or metrics) and (bool(head._forward_hooks) or written)
+    whole = forced or everywhere
     needed = inside + ([Read(FINAL_NORM)] if outside or metrics else [])
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
     taken = list(dict.fromkeys(needed + ([full] if whole else [])))
     attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=None if whole else stop)
     with attached:
-        call(model, batch)
+        call(model, batch, lenient)
         _fired(taken, attached.values)
         values = attached.values
     result = {read: values[read] for read in inside}
     for read in outside:
         where = batch.where(read.site.positions)
-        if whole:
+        if forced or read.site.positions is None:
             result[read] = select(values[full], read.site, where)
         else:
             result[read] = model.unembed(select(values[Read(FINAL_NORM)], read.site, where))
@@ -73,7 +80,7 @@ def forward(
     for metric in metrics:
         rows, where = metric.rows(batch), batch.where(metric.positions)
         chosen[metric] = rows
-        if whole:
+        if forced:  # otherwise a product of its own, so that nobody else's reads move it
             at = select(values[full], full.site, where)
             logits[metric] = at if rows is None else at[..., rows]
         else:
@@ -145,6 +152,9 @@ def generate(
     wanted = as_reads(reads, model.dims.n_layers)
     if odd := next((r for r in wanted if r.site.positions not in (None, "end")), None):
         raise SiteError(f"{odd.site} cannot be read at every step; read all positions, or 'end' for the newest token")
+    several = options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1
+    if wanted and (several or options.get("use_cache") is False):
+        raise ExamplesError("reads while generating follow one sequence with its cache; leave beams and use_cache alone")
     attached = Attached(model.hf, model.arch, model.dims, interventions, wanted, keep_steps=True)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     if getattr(model.hf.generation_config, "pad_token_id", None) is None:
@@ -174,14 +184,14 @@ def _join(read: Read, steps: list[Tensor]) -> Tensor:
     return torch.stack(steps, axis) if read.site.positions == "end" else torch.cat(steps, axis)
 
 
-def call(model: Model, batch: TokenBatch) -> None:
+def call(model: Model, batch: TokenBatch, lenient: bool = False) -> None:
     """Run the Hugging Face model on a batch, until the end or until a hook says stop."""
     padded = not bool(batch.mask.all())
     kwargs: dict[str, Any] = {"attention_mask": batch.mask.long()} if padded else {}
     if batch.left_padded:
         kwargs["position_ids"] = batch.position_ids
     with contextlib.suppress(Stop):
-        model.hf(input_ids=batch.ids, use_cache=False, mechinterp=Pass(batch), **kwargs)
+        model.hf(input_ids=batch.ids, use_cache=False, mechinterp=Pass(batch, lenient), **kwargs)
 
 
 def _fired(reads: Sequence[Read], values: Mapping[Read, Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechinterp.core.analyzer import Edit, Sweep, Swept
 from mechinterp.core.examples import TokenBatch
-from mechinterp.core.interventions import Intervention, Replace
+from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import Passed, forward, score
 from mechinterp.errors import ExamplesError, NeedsError
@@ -106,9 +106,13 @@ def source_reads(sweep: Sweep, model: Model) -> tuple[Read, ...]:
     return tuple(dict.fromkeys(Read(site.whole, sweep.source) for group in grid.groups for site in group))
 
 
-def row_count(sweep: Sweep, model: Model, width: int) -> int:
-    """Rows for one batch whose longest example has `width` tokens."""
-    return max(len(e) for e in sweep.edits) if sweep.edits else Grid.of(sweep, model, width).rows
+def row_count(sweep: Sweep, model: Model, width: int, rows: Sequence[int]) -> int:
+    """Passes for one batch of the given examples, the longest of `width` tokens."""
+    if sweep.edits:
+        if max(rows) >= len(sweep.edits):
+            raise NeedsError(f"the sweep has edits for {len(sweep.edits)} examples and none for {max(rows)}; give one list each")
+        return max(len(sweep.edits[row]) for row in rows)
+    return Grid.of(sweep, model, width).rows
 
 
 @torch.no_grad()
@@ -138,7 +142,7 @@ def sweep_full(
     reads: dict[Site, list[Tensor]] = {site: [] for site in sweep.reads}
     for sites in grid:
         writes = [*sweep.given, *(_write(sweep, site, batch, source) for site in sites)]
-        passed = forward(model, base_batch, [Read(site) for site in sweep.reads], metrics, writes)
+        passed = forward(model, base_batch, [Read(site) for site in sweep.reads], metrics, writes, lenient=True)
         missing = torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
         for site in sites:
             missing |= _missing(batch, site)
@@ -171,7 +175,8 @@ def _write(sweep: Sweep, site: Site, batch: TokenBatch, source: Mapping[Read, Te
     if site.kind in ("scores", "pattern"):
         value = value.transpose(1, 2)
     part = select(value, site, batch.where(site.positions, strict=False))
-    return Replace(site, part.transpose(1, 2) if site.kind in ("scores", "pattern") and part.ndim == 4 else part)
+    put = part.transpose(1, 2) if site.kind in ("scores", "pattern") and part.ndim == 4 else part
+    return Apply(site, lambda old: put.to(old))
 
 
 def _missing(batch: TokenBatch, site: Site) -> Tensor:
@@ -194,8 +199,8 @@ def _edits(
     if sweep.metric is None:
         raise NeedsError("a sweep of edited inputs must have a metric; their positions differ, so reads have no shape")
     base_batch = batch.run(sweep.base)
+    width = row_count(sweep, model, 0, batch.rows)
     todo = [sweep.edits[row] for row in batch.rows]
-    width = max(map(len, todo), default=0)
     values = torch.full((len(batch), width), float("nan"), device=batch.ids.device)
     for j in range(width):
         rows = [i for i, edits in enumerate(todo) if j < len(edits)]
@@ -215,7 +220,7 @@ def _rows(passed: Passed, metric: Any, rows: Sequence[int]) -> Passed:
 
 
 def edit(batch: TokenBatch, rows: Sequence[int], edits: Sequence[Edit]) -> TokenBatch:
-    """The chosen rows with their tokens replaced or deleted; named positions move along.
+    """The chosen rows with their tokens replaced or deleted; named positions move along, or go.
 
     Raises:
         ExamplesError: an edit outside its example, or one that deletes a whole example.
@@ -240,21 +245,18 @@ def edit(batch: TokenBatch, rows: Sequence[int], edits: Sequence[Edit]) -> Token
     ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=batch.ids.device)
     mask = torch.tensor([[True] * len(s) + [False] * (width - len(s)) for s in sequences], device=batch.ids.device)
 
-    def moved(name: str, where: tuple[int, ...]) -> tuple[int, ...]:
-        out: list[int] = []
-        for i, keep in zip(rows, kept, strict=True):
-            if where[i] not in keep:
-                raise ExamplesError(f"an edit deletes {name!r} of example {batch.rows[i]}, which is still needed")
-            out.append(keep.index(where[i]))
-        return tuple(out)
-
+    positions = {
+        name: tuple(keep.index(where[i]) for i, keep in zip(rows, kept, strict=True))
+        for name, where in batch.positions.items()
+        if all(where[i] in keep for i, keep in zip(rows, kept, strict=True))
+    }
     return TokenBatch(
         ids,
         mask,
         tuple(batch.rows[i] for i in rows),
         answers=None if batch.answers is None else tuple(batch.answers[i] for i in rows),
         labels=None if batch.labels is None else tuple(batch.labels[i] for i in rows),
-        positions={n: moved(n, w) for n, w in batch.positions.items()},
+        positions=positions,
     )
 
 

@@ -70,7 +70,7 @@ class Beside(Side):
             visible = self.mask[:, :, chosen] if self.mask.shape[2] > 1 else self.mask
         out, hidden = apply_mask(scores, visible), float("-inf")
         if kind == "pattern":
-            out, hidden = softmax(out, self.query.dtype), 0.0
+            out, hidden = softmax(out, self.query.dtype, self.mask is not None), 0.0
         return out if keys == total else torch.nn.functional.pad(out, (0, total - keys), value=hidden)
 
     def gather(self, kind: str, columns: Int[Tensor, "batch chosen"]) -> Pattern:
@@ -84,7 +84,7 @@ class Beside(Side):
             full = self.mask.expand(len(columns), -1, self.query.shape[2], -1)
             visible = full.transpose(1, 2)[rows, columns].transpose(1, 2)
         out = apply_mask(scores, visible)
-        return softmax(out, self.query.dtype) if kind == "pattern" else out
+        return softmax(out, self.query.dtype, self.mask is not None) if kind == "pattern" else out
 
 
 class Explicit(Side):
@@ -134,9 +134,12 @@ def apply_mask(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
-def softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """In fp32, as transformers' eager attention; a query that sees nothing (padding) gets zeros."""
-    return scores.softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(dtype)
+def softmax(scores: Tensor, dtype: torch.dtype, masked: bool) -> Tensor:
+    """In fp32, as transformers' eager attention; where `masked`, a query that sees nothing (padding) gets zeros."""
+    out = scores.softmax(-1, dtype=torch.float32)
+    if masked:
+        out = out.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+    return out.to(dtype)
 
 
 def attention(
@@ -177,7 +180,7 @@ def _explicit(
     scores = Beside(query, key, mask, scaling).at("scores", slice(0, query.shape[2]))
     for each in work:
         scores = each.edit("scores", scores)
-    pattern = softmax(scores, query.dtype)
+    pattern = softmax(scores, query.dtype, mask is not None)
     for each in work:
         pattern = each.edit("pattern", pattern)
     batch, heads, queries, keys = pattern.shape

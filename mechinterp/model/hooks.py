@@ -5,7 +5,7 @@ order given, then reads, so reads see what was written. Nested attachments act f
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -35,7 +35,12 @@ class Pass:
     """The state of one forward call; it travels down to the attention function as a keyword."""
 
     batch: TokenBatch
+    lenient: bool = True
+    """Rows that lack a written position are left as they are, instead of being an error."""
     work: list["_Attention"] = field(default_factory=list)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """What a module was given, after everybody's writes, where a write elsewhere depends on it."""
+    head_out: dict[int, Tensor] = field(default_factory=dict)
 
     def attention(self, layer: int) -> list[LayerWork]:
         return [each for each in self.work if each.layer == layer]
@@ -68,7 +73,9 @@ class Attached:
         keep_steps: bool = False,
     ) -> None:
         self.hf, self.arch, self.dims = hf, arch, dims
-        self.writes = [(site, w) for w in writes for site in resolve(w.site, dims.n_layers)]
+        # In the order of the pass, and as given at one site: what is later sees what is earlier.
+        writes_at = [(site, w) for w in writes for site in resolve(w.site, dims.n_layers)]
+        self.writes = sorted(writes_at, key=lambda each: each[0].order)
         self.reads, self.grads, self.stop = tuple(reads), tuple(grads), stop
         self.values: dict[Read, Tensor] = {}
         self.captured: dict[Site, Tensor] = {}
@@ -77,17 +84,19 @@ class Attached:
         self.passes = 0
         self.now: Pass | None = None
         self._reached: set[Site] = set()
-        self._scratch: dict[tuple[str, int], Tensor] = {}
+        self._keep: set[str] = set()
+        """Paths whose input is kept for a write elsewhere."""
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for site in [*(s for s, _ in self.writes), *(r.site for r in self.reads), *self.grads]:
             check(site, arch, dims)
         for site, _ in self.writes:
             if site.per_query_head:
                 raise SiteError(f"{site} cannot be written per query head; write its kv head, or scores, pattern or z")
-            if site.kind == "logits" and self.stop is not None:
-                raise SiteError("logits cannot be written in a pass that stops before them")
 
     def __enter__(self) -> "Attached":
+        if self._handles:
+            raise HookError("this intervention is in force already; make another one to nest it")
+        self.passes, self._reached = 0, set()
         try:
             self._attach()
         except BaseException:
@@ -126,7 +135,7 @@ class Attached:
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         for path, acts in ins.items():
             self._handles.append(
-                self.hf.get_submodule(path).register_forward_pre_hook(self._in(acts), with_kwargs=True)
+                self.hf.get_submodule(path).register_forward_pre_hook(self._in(path, acts), with_kwargs=True)
             )
         for path, acts in outs.items():
             self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(acts)))
@@ -153,17 +162,18 @@ class Attached:
         self.values = {}
         if self.keep_steps:
             self.steps.append(self.values)
-        self._scratch.clear()
         state.work += self._work
         return args, {**kwargs, "mechinterp": state}
 
-    def _in(self, acts: list[Act]) -> Callable[..., Any]:
+    def _in(self, path: str, acts: list[Act]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             assert self.now is not None
             old: Tensor = args[0] if args else kwargs["hidden_states"]
             new = old
             for act in acts:
                 new = act(self.now, new)
+            if path in self._keep or path in self.now.kept:
+                self.now.kept[path] = new
             if new is old:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
@@ -196,10 +206,10 @@ class Attached:
         if site.kind == "resid_mid":  # no module makes it: a write is a change of attn_out
             assert site.layer is not None
             layer = site.layer
-            ins[self.arch.layer(layer)].append(self._keep("resid_pre", layer))
+            path = self._kept(self.arch.layer(layer), ins)
 
             def mid(state: Pass, attn_out: Tensor) -> Tensor:
-                old = self._scratch["resid_pre", layer] + attn_out
+                old = state.kept[path] + attn_out
                 return attn_out + (edit(state, old) - old)
 
             outs[f"{self.arch.layer(layer)}.self_attn"].append(mid)
@@ -240,6 +250,10 @@ class Attached:
         place = self.arch.place(site)
         if site.kind == "head_out":
             raise SiteError(f"the gradient at {site} is that of attn_out.{site.layer}; ask for it there")
+        if site.per_query_head:
+            raise SiteError(f"the gradient at {site} is that of its kv head; ask for it without per_query_head")
+        if site.kind == "logits":
+            raise SiteError("the gradient at logits is the metric's own; ask for it at final_norm")
 
         def capture(state: Pass, value: Tensor) -> Tensor:
             if not value.requires_grad:
@@ -258,22 +272,21 @@ class Attached:
         assert site.layer is not None
         return work.setdefault(site.layer, _Attention(self, site.layer))
 
-    def _keep(self, name: str, layer: int) -> Act:
-        def keep(state: Pass, value: Tensor) -> Tensor:
-            self._scratch[name, layer] = value
-            return value
-
-        return keep
+    def _kept(self, path: str, ins: dict[str, list[Act]]) -> str:
+        """Keep what a module is given, after all writes there; returns the path."""
+        self._keep.add(path)
+        ins[path] += []  # so that a hook is there even if nothing is read or written
+        return path
 
     def _edit(self, site: Site, write: Intervention) -> Act:
         def act(state: Pass, value: Tensor) -> Tensor:
-            where = state.batch.where(site.positions, strict=False)
+            where = state.batch.where(site.positions, strict=not state.lenient)
             if where is None and state.batch.left_padded and site.kind not in PATTERN_KINDS:
                 where = _real(state.batch)  # so that a slice starts at the first real token
             if where is not None and where.valid is not None and not bool(where.valid.any()):
                 return value
             self._reached.add(site)
-            return overwrite(value, site, where, write)
+            return overwrite(value, site, where, write.for_rows(state.batch.rows))
 
         return act
 
@@ -293,20 +306,17 @@ class Attached:
     def _through_heads(self, site: Site, act: Act, ins: dict[str, list[Act]]) -> Act:
         """head_out is z through its slice of W_O; a write there is a change of the sum."""
         assert site.layer is not None
-        layer, path = site.layer, self.arch.place(site).path
+        layer, path = site.layer, self._kept(self.arch.place(site).path, ins)
         projection: Any = self.hf.get_submodule(path)
-        keep = self._keep("z", layer)
-        keep_key = ("head_out", layer)
-        ins[path].append(keep)
 
         def through(state: Pass, total: Tensor) -> Tensor:
-            old = self._scratch.get(keep_key)
+            old = state.head_out.get(layer)
             if old is None:
-                z = self._scratch["z", layer].unflatten(-1, (self.dims.n_heads, -1))
+                z = state.kept[path].unflatten(-1, (self.dims.n_heads, -1))
                 weight = projection.weight.view(self.dims.d_model, self.dims.n_heads, -1)
                 old = torch.einsum("bphe,dhe->bphd", z, weight)
             new = act(state, old)
-            self._scratch[keep_key] = new
+            state.head_out[layer] = new
             return total if new is old else total + (new - old).sum(2)
 
         return through
@@ -486,8 +496,3 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenBatch:
 def hook_count(hf: nn.Module) -> int:
     """Forward hooks on all modules; equal before and after everything that mechinterp does."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())
-
-
-def changed(tensors: Iterable[Tensor], versions: Iterable[int]) -> bool:
-    """Whether any tensor was written in place since its version was noted."""
-    return any(t._version != v for t, v in zip(tensors, versions, strict=True))
