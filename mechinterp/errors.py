@@ -7,8 +7,7 @@
     │   └── AlignmentError  clean and corrupted prompts that do not line up
     ├── NeedsError          an analyzer and the engine disagree about what was declared
     ├── HookError           a read that did not fire, a write without effect
-    ├── OutputError         a result, figure or report that cannot be written or read
-    └── MissingExtraError   an optional dependency that is not installed
+    └── OutputError         a result, figure or report that cannot be written or read
 
 A message states the fact, then the site and its shape where there is one, then the fix.
 """
@@ -44,7 +43,3 @@ class HookError(MechinterpError, RuntimeError):
 
 class OutputError(MechinterpError, OSError):
     """A result, figure or report that cannot be written or read back."""
-
-
-class MissingExtraError(MechinterpError, ImportError):
-    """An optional dependency is not installed; the message names the extra that has it."""

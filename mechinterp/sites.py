@@ -8,10 +8,11 @@ Selections follow numpy: a single head or position drops its axis, a tuple keeps
 """
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mechinterp.errors import SiteError
 
@@ -88,7 +89,8 @@ _TEXT = re.compile(r"(?P<kind>[a-z_]+)(\.(?P<layer>\d+))?(\.h(?P<heads>\d+(,\d+)
 class Site:
     """The name of one place in the model.
 
-    ``str(site)`` is its short form, ``z.10.h3@end``, which `Site.parse` reads back.
+    ``str(site)`` is its short form, ``z.10.h3@end``, which `Site.parse` reads back (but for
+    `per_query_head`, and tuples of one, which it reads as that one).
     """
 
     kind: str
@@ -111,8 +113,8 @@ class Site:
         if self.per_query_head and self.spec.head_axis != "kv_head":
             raise SiteError(f"per_query_head is for k and v; {self.kind} has one per query head already")
         object.__setattr__(self, "positions", _positions(self.positions))
-        if self.heads is not None and not isinstance(self.heads, int):
-            object.__setattr__(self, "heads", tuple(self.heads))
+        object.__setattr__(self, "heads", _numbers(self.heads))
+        object.__setattr__(self, "layer", _numbers(self.layer))
 
     @property
     def spec(self) -> Kind:
@@ -198,7 +200,13 @@ def resolve(wanted: "Site | Sites | str | Iterable[Site | Sites | str]", n_layer
 def _positions(positions: Positions) -> Position | tuple[Position, ...] | None:
     if positions is None or positions == "all":
         return None
-    return positions if isinstance(positions, int | str) else tuple(positions)
+    if isinstance(positions, str):
+        return positions
+    many: Any = positions
+    try:
+        return operator.index(many)
+    except TypeError:
+        return tuple(p if isinstance(p, str) else operator.index(p) for p in many)
 
 
 def _short(text: str) -> Site | None:
@@ -248,11 +256,20 @@ def _miss(text: str) -> str:
 def _make(
     kind: str, layers: Layers, positions: Positions, heads: Heads = None, per_query_head: bool = False
 ) -> Site | Sites:
-    where = _positions(positions)
-    chosen = heads if heads is None or isinstance(heads, int) else tuple(heads)
-    if isinstance(layers, int):
-        return Site(kind, layers, chosen, where, per_query_head)
-    return Sites(kind, None if layers is None else tuple(layers), chosen, where, per_query_head)
+    where, chosen, at = _positions(positions), _numbers(heads), _numbers(layers)
+    if isinstance(at, int):
+        return Site(kind, at, chosen, where, per_query_head)
+    return Sites(kind, at, chosen, where, per_query_head)
+
+
+def _numbers(value: Any) -> int | tuple[int, ...] | None:
+    """One number, several, or None; numpy's numbers are as good as Python's."""
+    if value is None:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return tuple(operator.index(v) for v in value)
 
 
 # The constructors, in the order of a forward pass. `layers`: one number makes a Site; several, or

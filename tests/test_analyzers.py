@@ -137,8 +137,11 @@ def roles_by_hand(ids: list[int], pattern: np.ndarray) -> dict[str, tuple[np.nda
     return out
 
 
+@pytest.mark.parametrize("block", [1, 2000, 1 << 20])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_role_scores_on_text_by_hand(model: mi.Model, side: str) -> None:
+def test_role_scores_on_text_by_hand(model: mi.Model, side: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechinterp.model.attention.BLOCK_BYTES", block)
+    monkeypatch.setattr("mechinterp.analyzers.heads.QUERIES_AT_ONCE", max(1, block // 500))
     texts = [[5, 6, 7, 5, 6, 6, 9], [8, 3, 8, 3], [4, 9, 2, 7, 1, 4, 4, 2, 9, 4], [1, 2, 3]]
     data = mi.run(model, texts, mi.HeadRoles(sequences=0), padding_side=side).data.sel(text="prompts")
     trace = model.trace(texts, "pattern")

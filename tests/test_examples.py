@@ -118,6 +118,11 @@ def test_files(tmp_path: Path) -> None:
         (lambda: mi.Examples.of(["a"], answers=[("b", "c", "d")]), "right or"),
         (lambda: mi.Examples.of(["a"], answers=[[]]), "at least one answer"),
         (lambda: mi.Examples.of([{"a": 1}]), "string or token ids"),
+        (lambda: mi.Examples.of(["a", "b"], answers=[("c", "d"), "e"]), "some have none"),
+        (
+            lambda: mi.Examples.from_dataset([{"text": "a", "answer": "b"}, {"text": "c", "answer": None}]),
+            "row 1 lacks",
+        ),
         (lambda: mi.Examples.of(["a"], positions={"end": [(0, 1)]}), "are taken"),
     ],
 )
@@ -150,3 +155,10 @@ def test_induction_repeats_and_its_control_does_not(smollm2: mi.Model) -> None:
     assert [a[:10] for a in repeated] == [b[:10] for b in control]
     assert examples == mi.tasks.induction(smollm2, n=3, length=10, seed=2, control=True)
     assert not set(sum(repeated, ())) & set(smollm2.tokenizer.all_special_ids)
+
+
+def test_ids_outside_the_vocabulary_are_refused(llama: mi.Model) -> None:
+    with pytest.raises(ExamplesError, match="token id 99999 is outside the vocabulary"):
+        llama.trace([5, 99999], "embed")
+    with pytest.raises(ExamplesError, match="token id -1 is outside"):
+        llama.tokenize(mi.Examples.of([[5]], answers=[-1]))

@@ -6,7 +6,7 @@ import torch
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.interventions import Intervention
-from mechinterp.errors import HookError, SiteError
+from mechinterp.errors import ExamplesError, HookError, SiteError
 from mechinterp.sites import Site
 from tests.test_forward import every_site, padded
 
@@ -173,8 +173,10 @@ def test_intervene_acts_on_every_call_inside_and_none_outside(model: mi.Model, i
 def test_a_write_that_is_never_reached_is_an_error(model: mi.Model, ids: list[list[int]]) -> None:
     with pytest.raises(HookError, match=r"Zero at z.2 was never reached"):
         model.trace(ids, "resid_post.0", interventions=[mi.Zero(sites.z(2))])
+    with pytest.raises(ExamplesError, match="position 40 is outside"):
+        model.trace(ids, "resid_post.0", interventions=[mi.Zero(sites.z(0, positions=40))])
     with pytest.raises(HookError, match="never reached"), model.intervene(mi.Zero(sites.z(0, positions=40))):
-        model.trace(ids, "resid_post.0")
+        model.hf(torch.tensor(ids))
     with model.intervene(mi.Zero(sites.z(2))):
         pass  # the model did not run, so nothing was missed
 
@@ -197,3 +199,42 @@ def test_writes_at_all_positions_start_at_the_first_real_token(model: mi.Model) 
     right = forward(model, tokens.batch(range(3)), [read], writes=[ramp]).values[read]
     left = forward(model, tokens.batch(range(3), padding_side="left"), [read], writes=[ramp]).values[read]
     torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+def test_nested_and_unordered_writes_at_sites_that_no_module_makes(model: mi.Model, ids: list[list[int]]) -> None:
+    """resid_mid and head_out are written through other modules: the order of the pass must still rule."""
+    one = torch.ones(32)
+    for writes in ([mi.Replace(sites.resid_mid(1), one), mi.Add(sites.resid_pre(1), one)],):
+        for order in (writes, writes[::-1]):
+            mid = model.trace(ids, "resid_mid.1", interventions=order)["resid_mid.1"]
+            torch.testing.assert_close(mid, torch.ones_like(mid), atol=1e-5, rtol=0)
+        with model.intervene(writes[0]):
+            mid = model.trace(ids, "resid_mid.1", interventions=[writes[1]])["resid_mid.1"]
+        torch.testing.assert_close(mid, torch.ones_like(mid), atol=1e-5, rtol=0)
+    heads = [mi.Zero(sites.head_out(1)), mi.Add(sites.z(1), torch.ones(8))]
+    for order in (heads, heads[::-1]):
+        assert model.trace(ids, "attn_out.1", interventions=order)["attn_out.1"].abs().max() < 1e-5
+    with model.intervene(mi.Zero(sites.head_out(1))):
+        again = model.trace(ids, ["attn_out.1", "head_out.1"], interventions=[mi.Zero(sites.head_out(1))])
+    assert again["attn_out.1"].abs().max() < 1e-5
+    assert not again["head_out.1"].any()
+
+
+def test_a_mean_over_patterns_keeps_its_heads(model: mi.Model, ids: list[list[int]]) -> None:
+    own = model.trace(ids[:1], "pattern.0")["pattern.0"]
+    got = model.trace(ids[:1], "pattern.0", interventions=[mi.Mean(sites.pattern(0), own)])["pattern.0"]
+    torch.testing.assert_close(got, own)
+    z = model.trace(ids, "z.1")["z.1"]
+    got = model.trace(ids, "z.1", interventions=[mi.Mean("z.1", z)])["z.1"]
+    torch.testing.assert_close(got, z.mean((0, 1)).expand_as(z))
+
+
+def test_the_same_block_is_not_entered_twice(model: mi.Model, ids: list[list[int]]) -> None:
+    block, kernel = model.intervene(mi.Zero("pattern.0")), model.kernel
+    with pytest.raises(HookError, match="in force already"), block, block:
+        pass
+    assert model.kernel == kernel
+    for _ in range(2):
+        with block:
+            assert not model.trace(ids, "pattern.0")["pattern.0"].any()
+    assert model.kernel == kernel

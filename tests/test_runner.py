@@ -241,7 +241,7 @@ def test_two_rounds(model: mi.Model) -> None:
     result, lens, again = mi.run(model, pairs(model), [LargestNorm(), mi.LogitLens(), LargestNorm()])
     assert result.meta["passes"]["rounds"] == 2
     assert result.meta["passes"]["sweep_rows"] == 4, "equal sweeps of two analyzers are one"
-    assert result.meta["analyzer"] == "AblateHeads"
+    assert result.meta["analyzer"] == "LargestNorm"
     assert result.data.identical(again.data)
     norms = mi.run(model, pairs(model), LargestNormOnly()).data["value"].mean("example")
     layer = int(norms.argmax("layer"))
@@ -388,3 +388,91 @@ def test_reduced_reads_reach_observe(model: mi.Model) -> None:
     assert result["max"].dims == ("example", "head", "position")
     assert np.isnan(result["max"].sel(example=1).values[:, 5:]).all()
     assert result["mass"].shape == (3, 4)
+
+
+def test_logits_at_all_positions_move_nobody_s_numbers() -> None:
+    """Wide enough that another shape of the product rounds differently."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=3000, hidden_size=576, intermediate_size=64, num_hidden_layers=1, num_attention_heads=9
+    )
+    torch.manual_seed(0)
+    model = mi.Model.wrap(transformers.LlamaForCausalLM(config))
+    examples = mi.Examples.of([[i, i + 1, i + 2, i + 3] for i in range(8)], answers=[(5, 9)] * 8)
+
+    @dataclass(frozen=True)
+    class End(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            sweep = mi.Sweep(mi.logit_diff(), sites.mlp_out(), write=mi.Zero, base="clean")
+            return mi.Needs(reads=sites.logits(positions="end"), sweeps={"s": sweep})
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            end = batch.clean[sites.logits(positions="end")]
+            return mi.Part({"end": (end, "example vocab"), "base": (batch.sweeps["s"].base, "example")})
+
+    @dataclass(frozen=True)
+    class Everywhere(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(reads=sites.logits())
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            return mi.Part(batch.clean[sites.logits()].sum((1, 2)), "example")
+
+    assert mi.run(model, examples, End()).data.identical(mi.run(model, examples, [End(), Everywhere()])[0].data)
+
+
+def test_own_traces_gradients_and_tokens_are_shared_too(llama: mi.Model) -> None:
+    own = mi.Own(mi.Examples.of([[5, 6, 7]]), sites.z(1))
+    grad = mi.Grad(sites.z(1), mi.answer_logit())
+
+    @dataclass(frozen=True)
+    class Spoils(mi.Analyzer):
+        what: str
+
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(reads="embed", on={"o": own}, grads={"g": grad})
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            tensors = {"own": batch.own["o"]["z.1"], "grad": batch.grads["g"]["z.1"], "ids": batch.examples.ids}
+            tensors[self.what].zero_()
+            return mi.Part(torch.tensor(batch.examples.rows), "example")
+
+    for what in ("own", "grad", "ids"):
+        with pytest.raises(NeedsError, match=r"Spoils changed .* in place"):
+            mi.run(llama, mi.Examples.of([[5, 6]], answers=[3]), Spoils(what))
+
+
+def test_values_of_an_intervention_follow_the_examples_not_the_batches(model: mi.Model) -> None:
+    """A self-patch is the identity in whatever order the rows are run."""
+    texts = mi.Examples.of([[5, 6, 7, 8, 9], [11, 12], [3, 4, 5]], answers=[(5, 9), (6, 7), (8, 3)])
+    site = sites.resid_post(0, positions="end")
+    value = model.trace(texts, site)[site]
+    base = mi.run(model, texts, mi.LogitLens()).data
+    for size in (1, 2, 8):
+        with model.intervene(mi.Replace(site, value)):
+            again = mi.run(model, texts, mi.LogitLens(), batch_size=size).data
+        np.testing.assert_allclose(again["logit_diff"], base["logit_diff"], atol=1e-4)
+
+
+def test_layers_in_any_order_keep_their_labels(model: mi.Model) -> None:
+    data = mi.run(model, padded(model), LastTokenNorm((2, 0))).data["value"]
+    other = mi.run(model, padded(model), LastTokenNorm((0, 2))).data["value"]
+    assert data.identical(other)
+
+    @dataclass(frozen=True)
+    class ByName(LastTokenNorm):
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            resid = batch.clean[sites.resid_post(self.layers, positions="end")]
+            return mi.Part(resid.norm(dim=-1), "layer example")
+
+    assert mi.run(model, padded(model), ByName((2, 0))).data["value"].identical(other)
+
+
+def test_a_position_that_a_row_lacks_is_missing_on_either_side(llama: mi.Model) -> None:
+    tokens = llama.tokenize([[5, 6, 7], [5, 6, 7, 8, 9]])
+    for side in ("left", "right"):
+        where = tokens.batch([0, 1], padding_side=side).where((-4, -1), strict=False)
+        assert where is not None
+        assert where.valid is not None
+        assert where.valid.tolist() == [[False, True], [True, True]]

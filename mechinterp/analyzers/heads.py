@@ -20,6 +20,7 @@ from mechinterp.tasks.induction import induction
 
 ROLES = ("previous", "local", "first", "duplicate", "induction")
 LOCAL = 4
+QUERIES_AT_ONCE = 512
 RANDOM_ROLES = ("previous", "duplicate", "induction")
 
 
@@ -63,13 +64,10 @@ class HeadRoles(Analyzer):
 
     def observe(self, batch: Batch) -> Part:
         mass = batch.clean.stack("pattern")  # layer example role head, summed over queries
-        keys = role_keys(batch.examples, slice(0, batch.examples.ids.shape[1]))
-        queries, visible = keys.any(-1), _visible(batch.examples)
-        count = queries.sum(-1).to(mass)  # example role
-        expected = (keys.sum(-1) / visible[:, None].clamp(min=1)).sum(-1)  # attention shuffled over visible keys
+        count, expected = role_counts(batch.examples)
         return Part(
             {
-                "score": (mass / count[None, :, :, None], "layer example role head"),
+                "score": (mass / count.to(mass)[None, :, :, None], "layer example role head"),
                 "null": (expected / count, "example role"),
             },
             coords={"role": ROLES},
@@ -120,11 +118,9 @@ class HeadRoles(Analyzer):
         # Mean over the queries: all but the first for previous, the second half for the others.
         start = context.own["random tokens"].batch.spans["first"][0][0]
         width = start + 2 * half
-        first_half_null = np.mean(1 / np.arange(2, width + 1))
+        shuffled = np.mean(1 / np.arange(2, width + 1))
         previous = mass[:n, 0] / (width - 1)
-        out: list[tuple[str, str, Any, Any]] = [
-            ("random", "previous", previous, np.full_like(previous, first_half_null))
-        ]
+        out: list[tuple[str, str, Any, Any]] = [("random", "previous", previous, np.full_like(previous, shuffled))]
         for i, role in enumerate(RANDOM_ROLES[1:], 1):
             out.append(("random", role, mass[:n, i] / half, mass[n:, i] / half))
         return out
@@ -151,10 +147,44 @@ def role_keys(batch: TokenBatch, queries: slice) -> Bool[Tensor, "example role q
     return torch.stack([seen & role for role in roles], 1)
 
 
+def role_counts(batch: TokenBatch) -> tuple[Float[Tensor, "example role"], Float[Tensor, "example role"]]:
+    """How many queries have a key for each role, and the attention on such keys if each query's were shuffled."""
+    visible = batch.mask.cumsum(1).clamp(min=1)[:, None]  # how many keys each query sees
+    width = batch.ids.shape[1]
+    count = expected = torch.zeros(len(batch), len(ROLES), device=batch.ids.device)
+    for start in range(0, width, QUERIES_AT_ONCE):
+        queries = slice(start, min(start + QUERIES_AT_ONCE, width))
+        keys = role_keys(batch, queries).sum(-1)
+        count = count + (keys > 0).sum(-1)
+        expected = expected + (keys / visible[:, :, queries]).sum(-1)
+    return count, expected
+
+
 def role_mass(block: Float[Tensor, "example head query key"], queries: slice, batch: TokenBatch) -> Tensor:
-    """Attention on each role's keys, summed over a block of queries, ``example role head``."""
-    keys = role_keys(batch, queries).to(block.dtype)
-    return torch.einsum("bhqk,brqk->brh", block, keys)
+    """Attention on each role's keys (`role_keys`), summed over a block of queries, ``example role head``.
+
+    Roles by position are diagonals and a column of the block; only matching tokens need a mask.
+    """
+    start, real = batch.starts[:, None], batch.mask[:, queries]
+    query = torch.arange(queries.start, queries.stop, device=block.device)
+    row = torch.arange(len(query), device=block.device)
+
+    def before(offset: int, past: int) -> Tensor:
+        """On the key `offset` before each query, where that is `past` the first token: example head."""
+        key = query - offset
+        seen = real & (key >= start + past)
+        return (block[:, :, row, key.clamp(min=0)] * seen[:, None]).sum(-1)
+
+    at_first = block.take_along_dim(start[:, :, None, None].expand(*block.shape[:3], 1), 3)[..., 0]
+    first = (at_first * (real & (query > start))[:, None]).sum(-1)
+    local = torch.stack([before(offset, 1) for offset in range(1, LOCAL + 1)]).sum(0)
+    same = batch.ids[:, queries, None] == batch.ids[:, None, :]
+    same &= (torch.arange(block.shape[-1], device=block.device) < query[:, None]) & batch.mask[:, None, :]
+    matches = torch.zeros(len(batch), 2, *same.shape[1:], dtype=block.dtype, device=block.device)
+    matches[:, 0], matches[:, 1, :, 1:] = same, same[:, :, :-1]
+    matches *= real[:, None, :, None]
+    by_match = matches.flatten(2) @ block.flatten(2).transpose(1, 2)
+    return torch.cat([torch.stack([before(1, 0), local, first], 1), by_match], 1)
 
 
 @dataclass(frozen=True)
@@ -175,11 +205,6 @@ class OffsetMass:
         roles = [column == q - 1, (column == q - self.length) & second, (column == q - self.length + 1) & second]
         keys = torch.stack([r.expand(block.shape[2], -1) for r in roles]).to(block.dtype)
         return torch.einsum("bhqk,rqk->brh", block, keys)
-
-
-def _visible(batch: TokenBatch) -> Tensor:
-    """How many keys each query sees, ``example query``."""
-    return batch.mask.cumsum(1)
 
 
 _SHOWN = (

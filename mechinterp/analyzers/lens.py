@@ -12,6 +12,7 @@ from mechinterp import sites
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
+from mechinterp.errors import NeedsError
 from mechinterp.sites import Position
 
 MEASURES = ("prob", "rank", "logit_diff")
@@ -42,17 +43,18 @@ class LogitLens(Analyzer):
     layers: tuple[int, ...] | None = None
 
     def needs(self, model: Model) -> Needs:
+        if not 1 <= self.top_k <= model.dims.vocab:
+            raise NeedsError(f"The top_k of LogitLens must be from 1 to {model.dims.vocab}. Got {self.top_k}")
         return Needs(reads=sites.resid_post(self.layers, positions=self.positions))
 
     def observe(self, batch: Batch) -> Part:
         resid = batch.clean.stack("resid_post")  # layer example [position] d_model
-        shape = resid.shape[:-1]
-        flat = resid.flatten(1, -2)
-        example = torch.arange(shape[1], device=resid.device).repeat_interleave(flat.shape[1] // shape[1])
+        shape, flat = resid.shape[:-1], resid.flatten(0, -2)
+        of_one_layer = torch.arange(shape[1], device=resid.device).repeat_interleave(shape[2:].numel())
+        example = of_one_layer.repeat(shape[0])  # whose residual each row is
         pieces = [
-            self._read(layer[i : i + TOKENS_AT_ONCE], example[i : i + TOKENS_AT_ONCE], batch)
-            for layer in flat
-            for i in range(0, len(example), TOKENS_AT_ONCE)
+            self._read(flat[i : i + TOKENS_AT_ONCE], example[i : i + TOKENS_AT_ONCE], batch)
+            for i in range(0, len(flat), TOKENS_AT_ONCE)
         ]
         axes = "layer example position" if resid.ndim == 4 else "layer example"
         values: dict[str, tuple[Any, str]] = {}
@@ -82,14 +84,19 @@ class LogitLens(Analyzer):
         probs = (logits - total[:, None]).exp_()
         out["entropy"] = total - torch.linalg.vecdot(probs, logits)
         out["top_prob"], out["top_id"] = (top.values - total[:, None]).exp(), top.indices
+        padding = resid.isnan().any(-1)  # of spans that are shorter in some examples
+        for name in ("rank", "top_id"):
+            if name in out:
+                out[name][padding] = -1
         return out
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         result = Result.of(parts, unit="probability")
         data = result.data
         ids = data["top_id"].values
-        names = context.model.to_str_tokens(ids.clip(min=0).ravel().tolist())
-        data["top_token"] = (data["top_id"].dims, np.where(ids < 0, "", np.array(names, dtype=str).reshape(ids.shape)))
+        unique, where = np.unique(ids.clip(min=0), return_inverse=True)
+        names = np.array(context.model.to_str_tokens(unique.tolist()), dtype=str)
+        data["top_token"] = (data["top_id"].dims, np.where(ids < 0, "", names[where.reshape(ids.shape)]))
         measures = [name for name in MEASURES if name in data]
         if measures:
             over = [data[name].transpose("example", ...) for name in measures]

@@ -11,6 +11,7 @@ from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Swe
 from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
+from mechinterp.errors import NeedsError
 from mechinterp.sites import Position, Sites
 
 
@@ -21,9 +22,9 @@ class ActivationPatching(Analyzer):
     Denoising runs the corrupted prompt and writes clean values: what is enough to restore the
     behaviour. Noising runs the clean prompt and writes corrupted values: what is needed for it.
     Either way ``effect`` is (patched - corrupted) / (clean - corrupted), with the mean difference
-    over examples as denominator: 1 is the clean run, 0 the corrupted one. Intervals and p are over
-    examples (of patched - base, sign flips, NaN below six examples), the denominator held fixed;
-    q is over all cells.
+    over the examples that have the cell as denominator: 1 is the clean run, 0 the corrupted one.
+    Intervals and p are over examples (of patched - base, sign flips, NaN below six examples), the
+    denominator held fixed; q is over all cells.
 
     Result: ``effect``, ``ci_low``, ``ci_high``, ``p``, ``q`` over the grid's axes (``layer``,
     ``position``, ``head``), and ``patched`` (with ``example``), ``clean``, ``corrupted`` as metrics.
@@ -36,7 +37,7 @@ class ActivationPatching(Analyzer):
         heads: ``"each"``, some, or None for all at once.
         layers: None for all.
         direction: ``"denoise"`` or ``"noise"``.
-        guard: least |clean - corrupted| for an effect to mean anything; below it all is NaN, with a warning.
+        guard: least |clean - corrupted| for an effect to mean anything; below it a cell is NaN, with a warning.
     """
 
     site: str
@@ -46,6 +47,12 @@ class ActivationPatching(Analyzer):
     layers: tuple[int, ...] | None = None
     direction: Literal["denoise", "noise"] = "denoise"
     guard: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("denoise", "noise"):
+            raise NeedsError(
+                f"The direction of ActivationPatching must be 'denoise' or 'noise'. Got {self.direction!r}"
+            )
 
     def needs(self, model: Model) -> Needs:
         denoise = self.direction == "denoise"
@@ -63,7 +70,7 @@ class ActivationPatching(Analyzer):
         grid = batch.sweeps["grid"]
         assert grid.values is not None and grid.base is not None and grid.source is not None
         clean, corrupted = (grid.source, grid.base) if self.direction == "denoise" else (grid.base, grid.source)
-        # The grid's positions are token indices already, so they are no axis of tokens to be aligned.
+        # The grid's own coordinates say that its positions are token indices already, not columns.
         axes = " ".join(("example", *grid.axes))
         return Part(
             {"patched": (grid.values, axes), "clean": (clean, "example"), "corrupted": (corrupted, "example")},
@@ -74,15 +81,18 @@ class ActivationPatching(Analyzer):
         data = Result.of(parts, unit="(patched - corrupted) / (clean - corrupted)").data
         patched = data["patched"].transpose("example", ...)
         clean, corrupted = data["clean"].values, data["corrupted"].values
-        total = float(np.mean(clean - corrupted))
-        if abs(total) < self.guard:
+        shape = (-1,) + (1,) * (patched.ndim - 1)
+        present = np.isfinite(patched.values)
+        differences = np.where(present, (clean - corrupted).reshape(shape), np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            total = np.nansum(differences, 0) / present.sum(0)
+        if (small := np.abs(total) < self.guard).any():
             warnings.warn(
-                f"clean and corrupted differ by only {total:.2g} in {self.metric}: no effect can be normalised;"
-                " use prompts that the model tells apart",
+                f"clean and corrupted differ by only {float(np.min(np.abs(total))):.2g} in {self.metric}: no effect"
+                " can be normalised; use prompts that the model tells apart",
                 stacklevel=2,
             )
-            total = float("nan")
-        shape = (-1,) + (1,) * (patched.ndim - 1)
+            total = np.where(small, np.nan, total)
         base = corrupted if self.direction == "denoise" else clean
         effect = summarize((patched.values - corrupted.reshape(shape)) / total, context.seed)
         change = summarize((patched.values - base.reshape(shape)) / total, context.seed)
@@ -90,7 +100,7 @@ class ActivationPatching(Analyzer):
         new = {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}
         data = data.assign({name: (dims, value) for name, value in new.items()})
         order = ["effect", "ci_low", "ci_high", "p", "q", "patched", "clean", "corrupted"]
-        return Result(data[order], {"total": total}, _views([str(d) for d in dims], self))
+        return Result(data[order], {}, _views([str(d) for d in dims], self))
 
 
 def _views(dims: list[str], analyzer: ActivationPatching) -> tuple[View, ...]:

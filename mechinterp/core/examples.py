@@ -63,6 +63,10 @@ class Examples:
         for name, column in columns.items():
             if column is not None and len(column) != n:
                 raise ExamplesError(f"{name} has {len(column)} entries for {n} texts; give one for each text")
+        if self.answers is not None and len({len(sides) for sides in self.answers}) > 1:
+            raise ExamplesError(
+                "some examples have wrong answers and some have none; give (right, wrong) for all, or for none"
+            )
         if n == 0:
             raise ExamplesError("Examples must hold at least one text. Got none")
         if both := set(self.positions) & set(self.spans) | {"end", "all"} & {*self.positions, *self.spans}:
@@ -107,10 +111,11 @@ class Examples:
         answers: Sequence[Any] | None = None,
         positions: Mapping[str, Sequence[Span]] | None = None,
         spans: Mapping[str, Sequence[Span]] | None = None,
+        labels: Sequence[Any] | None = None,
     ) -> "Examples":
         """Clean and corrupted prompts, which must have the same number of tokens, pair by pair."""
-        one = cls.of(clean, answers=answers, positions=positions, spans=spans)
-        return cls(one.texts, tuple(_text(t) for t in corrupted), one.answers, None, one.positions, one.spans)
+        one = cls.of(clean, labels, answers, positions, spans)
+        return cls(one.texts, tuple(_text(t) for t in corrupted), one.answers, one.labels, one.positions, one.spans)
 
     @classmethod
     def chat(
@@ -135,21 +140,23 @@ class Examples:
         columns: set[str] = set[str]().union(*(row.keys() for row in table)) if table else set()
         text = "clean" if "clean" in columns else "text"
         for i, row in enumerate(table):
-            if gone := {text, *(columns & {"corrupted", "answer", "wrong", "label"})} - row.keys():
+            needed = {text, *(columns & {"corrupted", "answer", "wrong", "label"})}
+            if gone := {name for name in needed if row.get(name) is None}:
                 raise ExamplesError(f"row {i} lacks {sorted(gone)}; every row needs the same columns, {text!r} first")
         answers = None
         if "answer" in columns:
             answers = [(r["answer"], r["wrong"]) if "wrong" in columns else r["answer"] for r in table]
         texts = [row[text] for row in table]
+        labels = [row["label"] for row in table] if "label" in columns else None
         if "corrupted" in columns:
-            return cls.pairs(texts, [row["corrupted"] for row in table], answers)
-        return cls.of(texts, [row["label"] for row in table] if "label" in columns else None, answers)
+            return cls.pairs(texts, [row["corrupted"] for row in table], answers, labels=labels)
+        return cls.of(texts, labels, answers)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Examples":
         """One JSON object a line, with the keys of `from_dataset`."""
         rows: list[Mapping[str, Any]] = []
-        for number, line in enumerate(_read(path).splitlines(), 1):
+        for number, line in enumerate(_read(path).split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)
@@ -195,7 +202,8 @@ class Examples:
             )
 
         def locate(name: str, spans: tuple[Span, ...]) -> tuple[Span, ...]:
-            return tuple(_span(name, i, s, *e) for i, (s, e) in enumerate(zip(spans, encoded, strict=True)))
+            rows = zip(spans, encoded, self.texts, strict=True)
+            return tuple(_span(name, i, s, *e, text) for i, (s, e, text) in enumerate(rows))
 
         pad = getattr(tokenizer, "pad_token_id", None)
         return Tokens(
@@ -397,7 +405,8 @@ class TokenBatch:
                 f"position {position} is outside example {self.rows[row] if self.rows else row},"
                 f" which has {int(lengths[row])} tokens; name the position, or count from the end with -1"
             )
-        return self.starts + (position if position >= 0 else lengths + position)
+        # A row that is too short gets a column that is no real one, on whichever side its padding is.
+        return torch.where(inside, self.starts + (position if position >= 0 else lengths + position), -1 - self.offset)
 
     def _span(self, name: str) -> Where:
         bounds = torch.tensor(self.spans[name], device=self.ids.device)
@@ -408,7 +417,7 @@ class TokenBatch:
 
 
 def _text(text: Any) -> Text:
-    if isinstance(text, Tensor):
+    if hasattr(text, "tolist"):  # a tensor or an array
         text = text.tolist()
     if isinstance(text, str | Chat):
         return text
@@ -493,9 +502,13 @@ def _answer_id(answer: str | int, text: Text, ids: tuple[int, ...], tokenizer: A
     return int(tokens[0])
 
 
-def _span(name: str, row: int, span: Span, ids: tuple[int, ...], offsets: list[Span] | None) -> Span:
+def _span(name: str, row: int, span: Span, ids: tuple[int, ...], offsets: list[Span] | None, text: Text) -> Span:
     """Characters to tokens: every token that the span touches."""
     if offsets is None:
+        if isinstance(text, str | Chat):
+            raise ExamplesError(
+                f"{name!r} of example {row} counts characters, which needs a fast tokenizer; give token ids"
+            )
         if not 0 <= span[0] < span[1] <= len(ids):
             raise ExamplesError(f"{name!r} of example {row} is {span}, outside its {len(ids)} tokens")
         return span

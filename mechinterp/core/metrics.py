@@ -153,5 +153,9 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
 
 def _weigh(logits: Tensor, rows: Rows, ids: Tensor, weights: Tensor) -> Scores:
     """Sum of weighted logits of chosen ids, for ``example rows``."""
+    if logits.ndim != 2:
+        raise ExamplesError(
+            f"this metric takes one position for each example, and got logits of shape {tuple(logits.shape)}"
+        )
     at = ids if rows is None else torch.searchsorted(rows, ids)
     return (logits.gather(1, at) * weights).sum(1)

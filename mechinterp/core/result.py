@@ -138,7 +138,8 @@ class Result:
             return pd.DataFrame({n: [self.data[n].item()] for n in group})
         frame: Any = self.data[group].to_dataframe(dim_order=list(dims)).reset_index()
         floats = [n for n in group if self.data[n].dtype.kind == "f"]  # integers and strings have no NaN to pad with
-        frame = frame.dropna(subset=floats, how="all") if floats else frame
+        some = frame.dropna(subset=floats, how="all") if floats else frame
+        frame = some if len(some) else frame  # a result that is all NaN says so, rather than nothing
         columns = [c for c in frame.columns if c not in group]
         return frame[[*columns, *group]].reset_index(drop=True)
 

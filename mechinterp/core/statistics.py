@@ -16,6 +16,10 @@ MIN_EXAMPLES = 6
 """Below this many examples no sign-flip test can reach p < .05, so p is NaN."""
 
 
+CELLS_AT_ONCE = 4096
+"""Cells resampled together, so that memory does not grow with their number."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Mean over examples with its uncertainty, each of the shape of one example.
@@ -43,10 +47,12 @@ def summarize(values: npt.ArrayLike, seed: int = 0, resamples: int = 2000) -> Su
     counts = np.isfinite(flat).sum(0)
     patterns, group = np.unique(np.isfinite(flat), axis=1, return_inverse=True)
     for i in range(patterns.shape[1]):  # cells with the same examples missing are done together
-        cells = np.flatnonzero(group.ravel() == i)
-        some = flat[patterns[:, i]][:, cells]
-        for column, result in zip(columns, _summary(some, seed, resamples), strict=True):
-            column[cells] = result
+        alike = np.flatnonzero(group.ravel() == i)
+        for start in range(0, len(alike), CELLS_AT_ONCE):
+            cells = alike[start : start + CELLS_AT_ONCE]
+            some = flat[patterns[:, i]][:, cells]
+            for column, result in zip(columns, _summary(some, seed, resamples), strict=True):
+                column[cells] = result
     mean, low, high, p = columns
     p = np.where(counts >= MIN_EXAMPLES, p, np.nan)
     return Summary(*(c.reshape(shape) for c in (mean, low, high, p, fdr(p))))
@@ -74,7 +80,7 @@ def _summary(values: Array, seed: int, resamples: int) -> tuple[Array, Array, Ar
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, np.full(n, 1 / n), resamples)  # how often each example is drawn
     drawn = counts @ values / n
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+    low, high = np.quantile(np.ascontiguousarray(drawn.T), [0.025, 0.975], axis=1)
     if n <= 12:  # all sign patterns; the observed one is among them
         signs = 1 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
     else:

@@ -86,8 +86,8 @@ class Trace:
         if isinstance(key, Sites):
             return self.stack(key.kind, key)
         if isinstance(key, Read) and isinstance(key.sites, Sites):
-            read = {r.site.layer for r in self._tensors if r.site.kind == key.sites.kind} - {None}
-            layers = tuple(sorted(set(key.sites.layers or read)))
+            read = {r.site.layer for r in self._tensors if r.site.kind == key.sites.kind}
+            layers = tuple(sorted(set(key.sites.layers or (i for i in read if i is not None))))
             return torch.stack([self[replace(key, sites=s)] for s in replace(key.sites, layers=layers).of(0)])
         if isinstance(key, Read):
             found = [r for r in self._tensors if r == key]

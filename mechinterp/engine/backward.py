@@ -41,10 +41,8 @@ def backward(
             call(model, batch)
             final = select(attached.values[last], last.site, batch.where(metric.positions))
         rows = metric.rows(batch)
-        if written:
-            logits = final if rows is None else final[..., rows]
-        else:
-            logits = model.unembed(final, rows)
+        chosen = final if rows is None or not written else final[..., rows]
+        logits = chosen if written else model.unembed(final, rows)
         against = None if reference is None else reference.logits[metric]
         total = metric.score(logits, batch, rows, against).sum()
         tensors = [attached.captured[place] for place in places]
@@ -59,6 +57,6 @@ def backward(
             grad = grad.transpose(1, 2)
         elif heads is not None and grad.ndim == 3:
             grad = grad.unflatten(-1, (heads, -1))
-        chosen = select(grad, site, batch.where(site.positions))
-        out[Read(site)] = chosen.transpose(1, 2) if site.kind in PATTERN_KINDS and chosen.ndim == 4 else chosen
+        part = select(grad, site, batch.where(site.positions))
+        out[Read(site)] = part.transpose(1, 2) if site.kind in PATTERN_KINDS and part.ndim == 4 else part
     return out

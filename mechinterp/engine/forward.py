@@ -154,7 +154,9 @@ def generate(
         raise SiteError(f"{odd.site} cannot be read at every step; read all positions, or 'end' for the newest token")
     several = options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1
     if wanted and (several or options.get("use_cache") is False):
-        raise ExamplesError("reads while generating follow one sequence with its cache; leave beams and use_cache alone")
+        raise ExamplesError(
+            "reads while generating follow one sequence with its cache; leave beams and use_cache alone"
+        )
     attached = Attached(model.hf, model.arch, model.dims, interventions, wanted, keep_steps=True)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     if getattr(model.hf.generation_config, "pad_token_id", None) is None:

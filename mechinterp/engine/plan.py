@@ -198,6 +198,8 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
     if work.uses_examples:
         if tokens is None:
             raise NeedsError(f"{', '.join(a.name for a in work.analyzers)} need examples to run on; give some")
+        if tokens.corrupted is None and (work.reads["corrupted"] or work.metrics["corrupted"]):
+            tokens.batch([0]).run("corrupted")  # says what is missing
         size = batch_size or default_batch_size(tokens)
         batches = tokens.batches(size)
         total = sum(tokens.lengths)
@@ -222,11 +224,9 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
             )
         for sweep in work.sweeps:
             users = _users(work, lambda need, _, sweep=sweep: sweep in need.sweeps.values())
-            rows = max(row_count(sweep, model, max(tokens.lengths[i] for i in b)) for b in batches)
-            cost = sum(
-                row_count(sweep, model, max(tokens.lengths[i] for i in b)) * sum(tokens.lengths[i] for i in b)
-                for b in batches
-            )
+            counts = [row_count(sweep, model, max(tokens.lengths[i] for i in b), b) for b in batches]
+            rows = max(counts)
+            cost = sum(n * sum(tokens.lengths[i] for i in b) for n, b in zip(counts, batches, strict=True))
             n = model.dims.n_layers
             passes.append(
                 PlannedPass(

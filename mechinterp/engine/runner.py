@@ -117,7 +117,8 @@ def run(
         raise NeedsError(f"The batch_size of run must be at least 1. Got {batch_size}")
     single = isinstance(analyzers, Analyzer)
     todo = [(i, a) for i, a in enumerate([analyzers] if isinstance(analyzers, Analyzer) else analyzers)]
-    for _, analyzer in todo:
+    asked = [analyzer for _, analyzer in todo]
+    for analyzer in asked:
         if not isinstance(analyzer, Analyzer):
             raise NeedsError(f"analyzers must be Analyzer objects. Got {analyzer!r}; write {analyzer!r}() for a class")
     tokens = None if examples is None else model.tokenize(as_examples(examples))
@@ -134,11 +135,12 @@ def run(
                 break
             state.passes["rounds"] = number
             following: list[tuple[int, Analyzer]] = []
-            for (index, analyzer), outcome in zip(todo, _round(state, [a for _, a in todo], number), strict=True):
+            for (index, _), outcome in zip(todo, _round(state, [a for _, a in todo], number), strict=True):
                 if isinstance(outcome, Analyzer):
                     following.append((index, outcome))
                 else:
-                    results[index] = outcome.with_meta(analyzer=analyzer.name, options=_options(analyzer))
+                    first = asked[index]  # not the analyzer of its last round
+                    results[index] = outcome.with_meta(analyzer=first.name, options=_options(first))
             todo = following
         if todo:
             raise NeedsError(f"{todo[0][1].name} asked for more than {MAX_ROUNDS} rounds; end in a Result")
@@ -188,8 +190,13 @@ def _round(state: Run, analyzers: list[Analyzer], number: int) -> list["Result |
     outcomes: list[Result | Analyzer] = []
     for analyzer, some, traces in zip(analyzers, parts, theirs, strict=True):
         tokens = state.tokens or Examples.of([(0,)]).tokenize(None)
+        mine = [(name, trace[read]) for name, trace in traces.items() for read in trace.reads]
+        versions = [tensor._version for _, tensor in mine]
         with torch.no_grad():
             outcome: Any = analyzer.combine(iter(some), Context(state.model, tokens, traces, state.seed))
+        for (name, tensor), version in zip(mine, versions, strict=True):
+            if tensor._version != version:
+                raise NeedsError(f"{analyzer.name} changed what was read of {name} in place; clone it first")
         if not isinstance(outcome, Result | Analyzer):
             raise NeedsError(
                 f"{analyzer.name}.combine must return a Result or an Analyzer. Got {type(outcome).__name__}"
@@ -294,6 +301,8 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         state.passes["sweep_token_layers"] += n * int(batch.lengths.sum()) * model.dims.n_layers
 
     def sweep(one: Sweep) -> Swept:
+        if one.given and one.metric is not None:
+            state.tick("forward")  # the base run with what is given
         source = passed.get(one.source, nothing).values
         return sweep_full(model, batch, one, source, clean, passed, tick_rows)
 
@@ -311,6 +320,7 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
 
     swept = {one: sweep(one) for one in work.sweeps}
     everything = {r: t for p in passed.values() for r, t in p.values.items()}
+    shared = _shared(everything, own, grads, swept, batch)
     parts: list[Part | None] = []
     for index, (analyzer, need) in enumerate(zip(work.analyzers, work.needs, strict=True)):
         if not work.observes(index):
@@ -341,15 +351,15 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
             sweeps={name: swept[one] for name, one in need.sweeps.items()},
             rerun=rerun,
         )
-        parts.append(_observe(analyzer, view, everything, _layers(work, index, model)))
+        parts.append(_observe(analyzer, view, shared, _layers(work, index, model)))
     return parts
 
 
 def _layers(work: Round, index: int, model: Model) -> list[list[int]]:
     """The sets of layers that an analyzer declared, kind by kind, for the coordinates of its parts."""
     sites: list[Site] = [r.site for r in work.declared[index]]
-    for grad in work.needs[index].grads.values():
-        sites += resolve(grad.sites, model.dims.n_layers)
+    for one in [*work.needs[index].grads.values(), *work.needs[index].sweeps.values()]:
+        sites += resolve(one.sites, model.dims.n_layers)
     by_kind: dict[str, set[int]] = {}
     for site in sites:
         if site.layer is not None:
@@ -357,17 +367,35 @@ def _layers(work: Round, index: int, model: Model) -> list[list[int]]:
     return [sorted(layers) for layers in by_kind.values()]
 
 
+def _shared(
+    everything: Mapping[Read, Tensor],
+    own: Sequence[Mapping[str, Trace]],
+    grads: Mapping[Any, Mapping[Read, Tensor]],
+    swept: Mapping[Sweep, Swept],
+    batch: TokenBatch,
+) -> list[tuple[str, Tensor]]:
+    """Every tensor that several analyzers may see, by name."""
+    out = [(str(read.site), tensor) for read, tensor in everything.items()]
+    for traces in own:
+        out += [(f"{read.site} of {name}", trace[read]) for name, trace in traces.items() for read in trace.reads]
+    out += [(f"the gradient at {read.site}", t) for some in grads.values() for read, t in some.items()]
+    for one in swept.values():
+        tensors = [one.values, one.base, one.source, *one.reads.values()]
+        out += [("a sweep", t) for t in tensors if t is not None]
+    return out + [("the tokens", t) for t in (batch.ids, batch.mask, batch.corrupted_ids) if t is not None]
+
+
 @torch.no_grad()
-def _observe(analyzer: Analyzer, batch: Batch, shared: Mapping[Read, Tensor], layers: list[list[int]]) -> Part:
-    versions = [t._version for t in shared.values()]
+def _observe(analyzer: Analyzer, batch: Batch, shared: list[tuple[str, Tensor]], layers: list[list[int]]) -> Part:
+    versions = [t._version for _, t in shared]
     try:
         part: Any = analyzer.observe(batch)
     except MechinterpError as error:
         error.args = (f"{analyzer.name}: {error}",)
         raise
-    for read, tensor, version in zip(shared, shared.values(), versions, strict=True):
+    for (name, tensor), version in zip(shared, versions, strict=True):
         if tensor._version != version:
-            raise NeedsError(f"{analyzer.name} changed {read.site} in place, which others read too; clone it first")
+            raise NeedsError(f"{analyzer.name} changed {name} in place, which others read too; clone it first")
     if not isinstance(part, Part):
         raise NeedsError(f"{analyzer.name}.observe must return a Part. Got {type(part).__name__}")
     return _stamp(part, analyzer, batch.examples, layers)

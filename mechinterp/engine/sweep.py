@@ -110,7 +110,9 @@ def row_count(sweep: Sweep, model: Model, width: int, rows: Sequence[int]) -> in
     """Passes for one batch of the given examples, the longest of `width` tokens."""
     if sweep.edits:
         if max(rows) >= len(sweep.edits):
-            raise NeedsError(f"the sweep has edits for {len(sweep.edits)} examples and none for {max(rows)}; give one list each")
+            raise NeedsError(
+                f"the sweep has edits for {len(sweep.edits)} examples and none for {max(rows)}; give one list each"
+            )
         return max(len(sweep.edits[row]) for row in rows)
     return Grid.of(sweep, model, width).rows
 

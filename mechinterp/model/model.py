@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ from mechinterp.core.analyzer import Wanted
 from mechinterp.core.examples import Examples, Tokens
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.trace import Trace
-from mechinterp.errors import ModelError
+from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.model.architecture import Architecture, Dims, architecture
 from mechinterp.model.hooks import Attached
 from mechinterp.model.load import load_hf
@@ -50,7 +49,7 @@ class Model:
     @classmethod
     def load(
         cls,
-        name: str,
+        name: Any,
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -60,7 +59,8 @@ class Model:
         """Load a model by name.
 
         Args:
-            name: ``"smollm2"`` (bundled), a hub id, a local folder, or a ``.gguf`` file.
+            name: ``"smollm2"`` (bundled), a hub id, a local folder, or a ``.gguf`` file; a Hugging Face
+                object is wrapped as it is.
             dtype: of the weights; the checkpoint's own by default.
             device: where to put it; the CPU by default.
             revision: branch, tag or commit of a hub id.
@@ -68,10 +68,12 @@ class Model:
         Raises:
             ModelError: the model is unknown, of a family without a row, or its files cannot be used.
         """
+        if isinstance(name, torch.nn.Module):
+            return cls.wrap(name)
         hf, tokenizer = load_hf(
-            name, dtype=dtype, device=device, revision=revision, attn_implementation=attn_implementation
+            str(name), dtype=dtype, device=device, revision=revision, attn_implementation=attn_implementation
         )
-        return cls(hf, tokenizer, name)
+        return cls(hf, tokenizer, str(name))
 
     @classmethod
     def wrap(cls, hf: Any, tokenizer: Any = None) -> "Model":
@@ -118,7 +120,12 @@ class Model:
 
     def tokenize(self, examples: Any) -> Tokens:
         """Examples (or a text, texts, ids) as token ids, checked against the context length."""
-        return as_examples(examples).tokenize(self.tokenizer, self.dims.context)
+        tokens = as_examples(examples).tokenize(self.tokenizer, self.dims.context)
+        answers = [answer for sides in tokens.answers or () for side in sides for answer in side]
+        for i in (*answers, *(i for row in (*tokens.ids, *(tokens.corrupted or ())) for i in row)):
+            if not 0 <= i < self.dims.vocab:
+                raise ExamplesError(f"token id {i} is outside the vocabulary of {self.dims.vocab}; use another")
+        return tokens
 
     def to_str_tokens(self, ids: Int[Tensor, "pos"] | Sequence[int]) -> list[str]:
         """Each token as the text it stands for; ``<id>`` where there is no tokenizer."""
@@ -177,7 +184,7 @@ class Model:
             return head.forward(resid)
         return torch.nn.functional.linear(resid, head.weight[rows], None if head.bias is None else head.bias[rows])
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A short hash of configuration and weights (a spread sample of each tensor), for provenance."""
         digest = hashlib.sha256(repr(sorted(self.hf.config.to_diff_dict().items(), key=str)).encode())

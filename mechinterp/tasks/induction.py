@@ -29,7 +29,9 @@ def induction(model: Model, n: int = 16, length: int = 24, seed: int = 0, contro
     if tokenizer is not None and tokenizer.bos_token_id is not None:
         built = tokenizer("a")["input_ids"]
         bos = [built[0]] if built[0] == tokenizer.bos_token_id else []
-    usable = torch.tensor([i for i in range(model.dims.vocab) if i not in special])
+    # A vocabulary may be padded with rows that stand for no token.
+    known = model.dims.vocab if tokenizer is None else min(model.dims.vocab, len(tokenizer))
+    usable = torch.tensor([i for i in range(known) if i not in special])
     if len(usable) < 2 * length:
         raise ExamplesError(f"{len(usable)} ordinary tokens are too few for 2 × {length} distinct ones; shorten length")
     generator = torch.Generator().manual_seed(seed)
