@@ -20,7 +20,7 @@ _NAMES = {
     "Sites": "mechinterp.sites",
     "Examples": "mechinterp.core.examples",
     "Chat": "mechinterp.core.examples",
-    "TokenBatch": "mechinterp.core.examples",
+    "TokenBatch": "mechinterp.core.tokens",
     "Trace": "mechinterp.core.trace",
     "Read": "mechinterp.core.trace",
     "Reduce": "mechinterp.core.trace",
@@ -98,7 +98,6 @@ if TYPE_CHECKING:
     )
     from mechinterp.core.examples import Chat as Chat
     from mechinterp.core.examples import Examples as Examples
-    from mechinterp.core.examples import TokenBatch as TokenBatch
     from mechinterp.core.interventions import (
         Add as Add,
     )
@@ -150,6 +149,7 @@ if TYPE_CHECKING:
     from mechinterp.core.result import Part as Part
     from mechinterp.core.result import Result as Result
     from mechinterp.core.result import View as View
+    from mechinterp.core.tokens import TokenBatch as TokenBatch
     from mechinterp.core.trace import Read as Read
     from mechinterp.core.trace import Reduce as Reduce
     from mechinterp.core.trace import Trace as Trace

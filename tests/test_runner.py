@@ -476,3 +476,20 @@ def test_a_position_that_a_row_lacks_is_missing_on_either_side(llama: mi.Model) 
         assert where is not None
         assert where.valid is not None
         assert where.valid.tolist() == [[False, True], [True, True]]
+
+
+def test_chosen_positions_as_many_as_the_text_is_long(model: mi.Model) -> None:
+    """Four chosen positions in a batch of width four are no text of four tokens."""
+
+    @dataclass(frozen=True)
+    class Chosen(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(reads=sites.resid_post(0, positions=(0, 1, -2, -1)))
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            return mi.Part(batch.clean[sites.resid_post(0)].norm(dim=-1), "example position")
+
+    texts = [[5, 6, 7], [8, 9, 10, 11]]
+    one = mi.run(model, texts, Chosen(), batch_size=1).data["value"]
+    two = mi.run(model, texts, Chosen(), batch_size=2).data["value"]
+    np.testing.assert_allclose(one, two, rtol=1e-5)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from mechinterp import sites
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Own
-from mechinterp.core.examples import TokenBatch
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import fdr, summarize
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Reduce
 from mechinterp.tasks.induction import induction
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from mechinterp.core.examples import Examples, TokenBatch, Tokens
+from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.result import Part, Result
+from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import NeedsError
 from mechinterp.shapes import Scores

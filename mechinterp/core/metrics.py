@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechinterp.core.examples import TokenBatch
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import ExamplesError
 from mechinterp.shapes import Scores
 

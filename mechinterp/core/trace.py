@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from mechinterp.core.examples import TokenBatch
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import NeedsError
 from mechinterp.shapes import PatternBlock
 from mechinterp.sites import KINDS, Site, Sites

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.core.examples import TokenBatch
 from mechinterp.core.metrics import Metric
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import FINAL_NORM, Passed, call
 from mechinterp.errors import NeedsError

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Wanted, as_reads
-from mechinterp.core.examples import TokenBatch
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.metrics import Metric, Rows
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import ExamplesError, HookError, SiteError
 from mechinterp.model.hooks import PATTERN_KINDS, Attached, Pass, Stop, select

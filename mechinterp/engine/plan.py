@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 from mechinterp.core.analyzer import Analyzer, Grad, Needs, Sweep, as_reads
-from mechinterp.core.examples import Examples, Tokens
+from mechinterp.core.examples import Examples
 from mechinterp.core.metrics import Metric
+from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Read, Run
 from mechinterp.engine.sweep import row_count, source_reads
 from mechinterp.errors import MechinterpError, NeedsError

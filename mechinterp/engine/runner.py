@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Own, Sweep, Swept, as_reads
-from mechinterp.core.examples import Examples, TokenBatch, Tokens
+from mechinterp.core.examples import Examples
 from mechinterp.core.result import Part, Result
+from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read, Trace
 from mechinterp.engine.backward import backward
 from mechinterp.engine.forward import Passed, forward
@@ -351,7 +352,8 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
             sweeps={name: swept[one] for name, one in need.sweeps.items()},
             rerun=rerun,
         )
-        parts.append(_observe(analyzer, view, shared, _layers(work, index, model)))
+        whole = any(r.site.positions is None for r in mine) or bool(need.grads)
+        parts.append(_observe(analyzer, view, shared, _layers(work, index, model), whole))
     return parts
 
 
@@ -386,7 +388,9 @@ def _shared(
 
 
 @torch.no_grad()
-def _observe(analyzer: Analyzer, batch: Batch, shared: list[tuple[str, Tensor]], layers: list[list[int]]) -> Part:
+def _observe(
+    analyzer: Analyzer, batch: Batch, shared: list[tuple[str, Tensor]], layers: list[list[int]], whole: bool
+) -> Part:
     versions = [t._version for _, t in shared]
     try:
         part: Any = analyzer.observe(batch)
@@ -398,11 +402,11 @@ def _observe(analyzer: Analyzer, batch: Batch, shared: list[tuple[str, Tensor]],
             raise NeedsError(f"{analyzer.name} changed {name} in place, which others read too; clone it first")
     if not isinstance(part, Part):
         raise NeedsError(f"{analyzer.name}.observe must return a Part. Got {type(part).__name__}")
-    return _stamp(part, analyzer, batch.examples, layers)
+    return _stamp(part, analyzer, batch.examples, layers, whole)
 
 
-def _stamp(part: Part, analyzer: Analyzer, batch: TokenBatch, layers: list[list[int]]) -> Part:
-    """Move to the CPU, mark padding, and add the coordinates of layers."""
+def _stamp(part: Part, analyzer: Analyzer, batch: TokenBatch, layers: list[list[int]], whole: bool) -> Part:
+    """Move to the CPU, mark padding (where the analyzer read `whole` texts), and add the coordinates of layers."""
     values: dict[str, tuple[Any, str]] = {}
     coords = dict(part.coords)
     for name, (value, axes) in part.values.items():
@@ -415,7 +419,7 @@ def _stamp(part: Part, analyzer: Analyzer, batch: TokenBatch, layers: list[list[
                         f"{analyzer.name}: part {name!r} has {value.shape[names.index('example')]} examples"
                         f" in a batch of {len(batch)}; keep every example"
                     )
-                for axis in ({"position", "query", "key"} & set(names)) - coords.keys():
+                for axis in ({"position", "query", "key"} & set(names)) - coords.keys() if whole else ():
                     value = _align(value, names.index("example"), names.index(axis), batch)
         if "layer" in names and "layer" not in coords:
             n = value.shape[names.index("layer")]

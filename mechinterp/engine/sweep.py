@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Edit, Sweep, Swept
-from mechinterp.core.examples import TokenBatch
 from mechinterp.core.interventions import Apply, Intervention
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import Passed, forward, score
 from mechinterp.errors import ExamplesError, NeedsError

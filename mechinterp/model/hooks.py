@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mechinterp.core.examples import TokenBatch, Where
 from mechinterp.core.interventions import Intervention
+from mechinterp.core.tokens import TokenBatch, Where
 from mechinterp.core.trace import Read
 from mechinterp.errors import HookError, SiteError
 from mechinterp.model.architecture import Architecture, Dims

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.core.analyzer import Wanted
-from mechinterp.core.examples import Examples, Tokens
+from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
+from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Trace
 from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.model.architecture import Architecture, Dims, architecture

@@ -2,7 +2,8 @@
 
 import random
 
-from mechinterp.core.examples import Examples, Span
+from mechinterp.core.examples import Examples
+from mechinterp.core.tokens import Span
 
 NAMES = [
     "Mary",
