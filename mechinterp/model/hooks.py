@@ -41,6 +41,7 @@ class Pass:
     kept: dict[str, Tensor] = field(default_factory=dict)
     """What a module was given, after everybody's writes, where a write elsewhere depends on it."""
     head_out: dict[int, Tensor] = field(default_factory=dict)
+    """What heads write, by layer, where somebody changed it."""
 
     def attention(self, layer: int) -> list[LayerWork]:
         return [each for each in self.work if each.layer == layer]
@@ -316,8 +317,10 @@ class Attached:
                 weight = projection.weight.view(self.dims.d_model, self.dims.n_heads, -1)
                 old = torch.einsum("bphe,dhe->bphd", z, weight)
             new = act(state, old)
+            if new is old:  # not kept: it is as large as a residual stream for every head
+                return total
             state.head_out[layer] = new
-            return total if new is old else total + (new - old).sum(2)
+            return total + (new - old).sum(2)
 
         return through
 
