@@ -85,8 +85,7 @@ class Attached:
         self.passes = 0
         self.now: Pass | None = None
         self._reached: set[Site] = set()
-        self._keep: set[str] = set()
-        """Paths whose input is kept for a write elsewhere."""
+        self._keep: set[str] = set()  # paths whose input is kept for a write elsewhere
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for site in [*(s for s, _ in self.writes), *(r.site for r in self.reads), *self.grads]:
             check(site, arch, dims)
