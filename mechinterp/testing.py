@@ -1,4 +1,4 @@
-"""For tests, ours and yours: tiny random models of every family."""
+"""For tests, ours and yours: tiny random models of every family, and a count of hooks."""
 
 import re
 from typing import Any
@@ -49,6 +49,11 @@ def tiny(family: str = "llama", *, seed: int = 0, layers: int = 3, dtype: torch.
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return Model(hf.eval(), tokenizer, f"tiny-{family}")
+
+
+def hook_count(hf: torch.nn.Module) -> int:
+    """Forward hooks on all modules; equal before and after everything that mechinterp does."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())
 
 
 def _tokenizer() -> Any:

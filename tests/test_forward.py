@@ -10,8 +10,8 @@ import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.trace import Read, Reduce
 from mechinterp.errors import ExamplesError, HookError, NeedsError, SiteError
-from mechinterp.model.hooks import hook_count
 from mechinterp.sites import KINDS, Site, resolve
+from mechinterp.testing import hook_count
 
 
 def kinds_of(model: mi.Model) -> list[str]:
@@ -143,8 +143,11 @@ def test_a_reduce_sees_blocks_and_gives_what_the_whole_pattern_gives(
         Read(Site("pattern", 1), reduce=Reduce(per_query, "example head query")),
     ]
     reduced = model.trace(texts, reads)
-    torch.testing.assert_close(reduced[reads[0]], whole["pattern.1"].sum((2, 3)))
-    torch.testing.assert_close(reduced[reads[1]], whole["pattern.1"].amax(3))
+    real = whole["pattern.1"] * whole.batch.mask[:, None, :, None]  # padding attends to nothing
+    torch.testing.assert_close(reduced[reads[0]], real.sum((2, 3)))
+    torch.testing.assert_close(reduced[reads[1]], real.amax(3))
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(reduced[reads[0]][row], model.trace(text, reads[0])[reads[0]][0], atol=1e-5, rtol=0)
 
 
 def test_the_pass_stops_after_the_last_read(model: mi.Model, ids: list[list[int]]) -> None:

@@ -4,7 +4,7 @@ import torch
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.errors import ExamplesError, SiteError
-from mechinterp.model.hooks import hook_count
+from mechinterp.testing import hook_count
 
 
 def test_generation_is_hugging_face_s_own(model: mi.Model, ids: list[list[int]]) -> None:

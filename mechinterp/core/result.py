@@ -158,6 +158,8 @@ class Result:
         """
         from mechinterp.report.figures import plotly_figure
 
+        if not self.views:
+            raise OutputError("this result has no figures; pass views= to Result.of, or use .table()")
         if not 0 <= view < len(self.views):
             raise OutputError(f"this result has {len(self.views)} figures, not number {view}; use .table()")
         return plotly_figure(self, self.views[view])

@@ -23,6 +23,7 @@ class Reduce:
         fn: called as ``fn(block, queries, batch)``, where ``block`` holds the attention probabilities
             (or scores) of one layer for some queries, ``example head query key`` with all keys,
             ``queries`` is the slice of query columns it covers, and ``batch`` the `TokenBatch`.
+            Queries that are padding have a pattern of zeros.
         axes: axes of what it returns, such as ``"example head query"``. Blocks are joined along
             ``query`` where it is among them, and added up otherwise.
 

@@ -116,6 +116,8 @@ def run(
         raise NeedsError(f"The padding_side of run must be 'left' or 'right'. Got {padding_side!r}")
     if batch_size is not None and batch_size < 1:
         raise NeedsError(f"The batch_size of run must be at least 1. Got {batch_size}")
+    if not isinstance(model, Model) or isinstance(analyzers, type):
+        raise NeedsError("run takes a Model, examples, and Analyzer objects such as LogitLens(), in this order")
     single = isinstance(analyzers, Analyzer)
     todo = [(i, a) for i, a in enumerate([analyzers] if isinstance(analyzers, Analyzer) else analyzers)]
     asked = [analyzer for _, analyzer in todo]

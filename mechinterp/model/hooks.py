@@ -374,7 +374,10 @@ class _Attention:
                 self.owner.values[read] = chosen if site.heads is None else chosen[:, _index(site.heads)]
         for kind, reads in reduced.items():
             pieces: dict[Read, list[Tensor]] = {read: [] for read in reads}
-            for queries, block in side.blocks(kind):
+            real = state.batch.mask[:, None, state.batch.offset :, None]
+            padded = kind == "pattern" and not bool(real.all())
+            for queries, whole in side.blocks(kind):
+                block = whole * real[:, :, queries] if padded else whole  # padding attends to nothing
                 for read in reads:
                     assert read.reduce is not None
                     pieces[read].append(read.reduce.fn(block, queries, state.batch))
@@ -441,7 +444,14 @@ def overwrite(value: Tensor, site: Site, where: Where | None, write: Interventio
     # With both axes left, the slice of a pattern is batch head query key, as it is read.
     turned = swap and old.ndim == 4
     shown = old.transpose(1, 2) if turned else old
-    new = write(shown)
+    try:
+        new = write(shown)
+    except RuntimeError as error:
+        if "must match" not in str(error):
+            raise
+        raise HookError(
+            f"{type(write).__name__} does not fit {site}, a slice of shape {tuple(shown.shape)}: {error}"
+        ) from error
     if new.shape != shown.shape:
         raise HookError(
             f"{type(write).__name__} at {site} returned shape {tuple(new.shape)} for a slice of shape"
@@ -493,8 +503,3 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenBatch:
     if mask is None or mask.ndim != 2:
         mask = torch.ones((ids.shape[0], offset + ids.shape[1]), device=ids.device)
     return TokenBatch(ids, mask.bool(), offset=offset)
-
-
-def hook_count(hf: nn.Module) -> int:
-    """Forward hooks on all modules; equal before and after everything that mechinterp does."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())
