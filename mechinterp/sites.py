@@ -137,10 +137,17 @@ class Site:
         return Site(self.kind, self.layer, per_query_head=self.per_query_head)
 
     @property
+    def of_kv_head(self) -> "Site":
+        """The same place without the view per query head."""
+        return replace(self, heads=None, per_query_head=False)
+
+    @property
     def order(self) -> tuple[int, int]:
         """Sort key: when a forward pass reaches this place."""
         last = {"embed": -1, "final_norm": 1 << 30, "logits": 1 << 30}
-        return (last.get(self.kind, self.layer or 0), _ORDER[self.kind])
+        # What is repeated for each query head exists only inside attention.
+        kind = "k_rot" if self.per_query_head else self.kind
+        return (last.get(self.kind, self.layer or 0), _ORDER[kind])
 
     def at(self, positions: Positions) -> "Site":
         """The same place and heads at other positions."""

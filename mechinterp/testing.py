@@ -11,12 +11,32 @@ from mechinterp.model.model import Model
 from mechinterp.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 
-def tiny(family: str = "llama", *, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32) -> Model:
+_TRAITS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 12},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [1],
+        "norm_topk_prob": True,
+    },
+}
+"""What tiny models of a family have, so that every trait of the table is met: short windows, odd heads, experts."""
+
+
+def tiny(
+    family: str = "llama", *, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32, **config: Any
+) -> Model:
     """A random model of a family, small enough to run hundreds of times: 4 heads in 2 groups, d_model 32.
 
     Weights are drawn with a standard deviation of 0.2, so that every part of the model matters. The
     tokenizer knows the words of the tasks, each with its leading space, and single characters.
 
+    Args:
+        config: more of the Hugging Face configuration, such as ``attention_bias=True``; with
+            ``num_labels`` the model is a classifier.
     Raises:
         ModelError: the family is not in the architecture table.
     """
@@ -25,29 +45,35 @@ def tiny(family: str = "llama", *, seed: int = 0, layers: int = 3, dtype: torch.
     if family not in FAMILIES:
         raise ModelError(f"The family of tiny must be one of {', '.join(FAMILIES)}. Got {family!r}")
     tokenizer = _tokenizer()
-    config = transformers.AutoConfig.for_model(
-        family,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        **_TRAITS.get(family, {}),
+        **config,
+    }
+    kind: Any = (
+        transformers.AutoModelForSequenceClassification if "num_labels" in config else transformers.AutoModelForCausalLM
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        hf = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        # Norm weights start at one, which would hide a forgotten γ.
+        hf = kind.from_config(transformers.AutoConfig.for_model(family, **settings), dtype=dtype)
+        # Norm weights start at one and biases at zero, which would hide a forgotten γ or b.
         for name, parameter in hf.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif name.endswith("bias"):
+                torch.nn.init.uniform_(parameter, -0.5, 0.5)
     return Model(hf.eval(), tokenizer, f"tiny-{family}")
 
 

@@ -46,8 +46,12 @@ def test_a_position_counts_from_the_start_of_the_prompt(model: mi.Model, ids: li
 
 def test_what_cannot_be_done_while_generating(model: mi.Model, ids: list[list[int]]) -> None:
     before = hook_count(model.hf)
-    with pytest.raises(SiteError, match="k_rot cannot be written while generating"):
+    with pytest.raises(SiteError, match="k_rot.0 cannot be written while generating"):
         model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero("k_rot.0")])
+    with pytest.raises(SiteError, match=r"v.0 cannot be written while generating"):
+        model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero(sites.v(0, per_query_head=True))])
+    with pytest.raises(SiteError, match="a cache of fixed length"):
+        model.generate(ids[0], max_new_tokens=3, reads="q_rot.0", cache_implementation="static")
     with pytest.raises(SiteError, match="cannot be read at every step"):
         model.generate(ids[0], reads=sites.z(0, positions=3))
     with pytest.raises(ExamplesError, match="one prompt"):

@@ -8,7 +8,7 @@ from mechinterp import sites
 from mechinterp.core.interventions import Intervention
 from mechinterp.errors import ExamplesError, HookError, SiteError
 from mechinterp.sites import Site
-from tests.test_forward import every_site, padded
+from tests.test_forward import padded
 
 
 def logits(model: mi.Model, text: object, *writes: Intervention) -> torch.Tensor:
@@ -16,8 +16,8 @@ def logits(model: mi.Model, text: object, *writes: Intervention) -> torch.Tensor
 
 
 def test_writing_what_is_there_changes_nothing(model: mi.Model, ids: list[list[int]]) -> None:
-    trace = model.trace(ids, every_site(model))
-    for site in every_site(model):
+    trace = model.trace(ids, model.sites)
+    for site in model.sites:
         patched = logits(model, ids, mi.Replace(site, trace[site]))
         if site.kind in ("scores", "pattern"):  # the explicit softmax rounds differently from SDPA
             torch.testing.assert_close(patched, trace["logits"], atol=1e-4, rtol=1e-4)
@@ -26,8 +26,8 @@ def test_writing_what_is_there_changes_nothing(model: mi.Model, ids: list[list[i
 
 
 def test_every_site_matters_and_a_read_sees_what_was_written(model: mi.Model, ids: list[list[int]]) -> None:
-    base = model.trace(ids, every_site(model))
-    for site in every_site(model):
+    base = model.trace(ids, model.sites)
+    for site in model.sites:
 
         def edit(x: torch.Tensor, site: Site = site) -> torch.Tensor:  # norms undo a mere scaling
             return x * 2 if site.kind == "scores" else x.roll(1, -1)
@@ -184,8 +184,49 @@ def test_a_write_that_is_never_reached_is_an_error(model: mi.Model, ids: list[li
 def test_a_write_of_another_shape_is_an_error(model: mi.Model, ids: list[list[int]]) -> None:
     with pytest.raises(HookError, match=r"returned shape .* same shape"):
         logits(model, ids, mi.Apply(sites.z(0, heads=1), lambda x: x[:, :2]))
-    with pytest.raises(SiteError, match="per query head"):
-        logits(model, ids, mi.Zero(sites.v(0, per_query_head=True)))
+
+
+@pytest.mark.parametrize("kind", ["k", "k_normed", "k_rot", "v"])
+def test_keys_and_values_are_written_for_one_query_head_of_a_group(
+    model: mi.Model, ids: list[list[int]], kind: str
+) -> None:
+    if kind == "k_normed" and not model.arch.qk_norm:
+        return
+    whole, group = Site(kind, 1), Site(kind, 1, per_query_head=True)
+    base = model.trace(ids, [group, "z.1", "logits"])
+    same = model.trace(ids, "logits", interventions=[mi.Replace(group, base[group])])["logits"]
+    torch.testing.assert_close(same, base["logits"], atol=1e-5, rtol=1e-5)
+    noise = torch.randn(base[group].shape[1:], generator=torch.Generator().manual_seed(3))
+    one = Site(kind, 1, heads=2, per_query_head=True)  # query heads 2 and 3 share key/value head 1
+    write = mi.Add(one, noise[:, 2])
+    changed = model.trace(ids, ["z.1", one, group], interventions=[write])
+    torch.testing.assert_close(changed[one], base[group][:, :, 2] + noise[:, 2])
+    moved = (changed["z.1"] - base["z.1"]).abs().amax((0, 1, 3))
+    assert moved[2] > 1e-2
+    assert moved[[0, 1, 3]].max() < 1e-5
+    # Written for both query heads of a group, it is the write at their key/value head.
+    both = [mi.Add(Site(kind, 1, heads=(2, 3), per_query_head=True), noise[:, [2, 2]])]
+    twice = model.trace(ids, "logits", interventions=both)["logits"]
+    shared = model.trace(ids, "logits", interventions=[mi.Add(Site(kind, 1, heads=1), noise[:, 2])])["logits"]
+    torch.testing.assert_close(twice, shared, atol=1e-4, rtol=1e-4)
+    with model.intervene(write):  # a read of somebody else's sees it
+        torch.testing.assert_close(model.trace(ids, group)[group], changed[group])
+    assert whole.of_kv_head == whole
+
+
+def test_a_router_write_chooses_the_experts(ids: list[list[int]]) -> None:
+    model = mi.testing.tiny("qwen3_moe")
+    base = model.trace(ids, ["router.0", "mlp_in.0", "mlp_out.0", "logits"])
+    same = model.trace(ids, "logits", interventions=[mi.Replace(sites.router(0), base["router.0"])])["logits"]
+    assert torch.equal(same, base["logits"])
+    only = torch.full((6,), float("-inf"))
+    only[[1, 4]] = torch.tensor([0.0, 0.0])
+    got = model.trace(ids, ["router.0", "mlp_out.0"], interventions=[mi.Replace(sites.router(0), only)])
+    assert torch.equal(got["router.0"], only.expand(3, 9, 6))
+    experts = model.hf.model.layers[0].mlp.experts
+    x = base["mlp_in.0"].flatten(0, 1)
+    choice, half = torch.tensor([[1, 4]]).expand(27, 2), torch.full((27, 2), 0.5)
+    torch.testing.assert_close(got["mlp_out.0"].flatten(0, 1), experts(x, choice, half))
 
 
 def test_writes_at_all_positions_start_at_the_first_real_token(model: mi.Model) -> None:
@@ -211,7 +252,7 @@ def test_nested_and_unordered_writes_at_sites_that_no_module_makes(model: mi.Mod
         with model.intervene(writes[0]):
             mid = model.trace(ids, "resid_mid.1", interventions=[writes[1]])["resid_mid.1"]
         torch.testing.assert_close(mid, torch.ones_like(mid), atol=1e-5, rtol=0)
-    heads = [mi.Zero(sites.head_out(1)), mi.Add(sites.z(1), torch.ones(8))]
+    heads = [mi.Zero(sites.head_out(1)), mi.Add(sites.z(1), torch.ones(model.dims.d_head))]
     for order in (heads, heads[::-1]):
         assert model.trace(ids, "attn_out.1", interventions=order)["attn_out.1"].abs().max() < 1e-5
     with model.intervene(mi.Zero(sites.head_out(1))):

@@ -43,8 +43,8 @@ class LogitLens(Analyzer):
     layers: tuple[int, ...] | None = None
 
     def needs(self, model: Model) -> Needs:
-        if not 1 <= self.top_k <= model.dims.vocab:
-            raise NeedsError(f"The top_k of LogitLens must be from 1 to {model.dims.vocab}. Got {self.top_k}")
+        if self.top_k < 1:
+            raise NeedsError(f"The top_k of LogitLens must be at least 1. Got {self.top_k}")
         return Needs(reads=sites.resid_post(self.layers, positions=self.positions))
 
     def observe(self, batch: Batch) -> Part:
@@ -79,7 +79,7 @@ class LogitLens(Analyzer):
         if batch.examples.two_sided:
             ids, weights = batch.examples.contrast()
             out["logit_diff"] = (logits.gather(1, ids[example]) * weights[example]).sum(1)
-        top = logits.topk(self.top_k, -1)
+        top = logits.topk(min(self.top_k, logits.shape[-1]), -1)
         # -Σ p log p = log Z - Σ p · logit: one product instead of a second pass over the vocabulary
         probs = (logits - total[:, None]).exp_()
         out["entropy"] = total - torch.linalg.vecdot(probs, logits)
@@ -95,7 +95,7 @@ class LogitLens(Analyzer):
         data = result.data
         ids = data["top_id"].values
         unique, where = np.unique(ids.clip(min=0), return_inverse=True)
-        names = np.array(context.model.to_str_tokens(unique.tolist()), dtype=str)
+        names = np.array(context.model.to_str_outputs(unique.tolist()), dtype=str)
         data["top_token"] = (data["top_id"].dims, np.where(ids < 0, "", names[where.reshape(ids.shape)]))
         measures = [name for name in MEASURES if name in data]
         if measures:

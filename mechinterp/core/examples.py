@@ -163,12 +163,15 @@ class Examples:
         """A CSV file with a header line, with the columns of `from_dataset`."""
         return cls.from_dataset(csv.DictReader(io.StringIO(_read(path), newline="")))
 
-    def tokenize(self, tokenizer: Any, context: int | None = None) -> "Tokens":
+    def tokenize(
+        self, tokenizer: Any, context: int | None = None, labels: Mapping[str, int] | None = None
+    ) -> "Tokens":
         """Token ids for every example.
 
         Args:
             tokenizer: a Hugging Face tokenizer; may be None when all examples are token ids.
             context: the longest prompt the model takes, in tokens.
+            labels: of a classifier: then answers are labels, by name or number.
         Raises:
             ExamplesError: an empty or too long prompt, an answer of several tokens, a span without tokens.
             AlignmentError: clean and corrupted prompts of different length.
@@ -188,7 +191,15 @@ class Examples:
         answers = None
         if self.answers is not None:
             answers = tuple(
-                tuple(tuple(dict.fromkeys(_answer_id(a, text, ids, tokenizer, i) for a in side)) for side in sides)
+                tuple(
+                    tuple(
+                        dict.fromkeys(
+                            _answer_id(a, text, ids, tokenizer, i) if labels is None else _label_id(a, labels, i)
+                            for a in side
+                        )
+                    )
+                    for side in sides
+                )
                 for i, (text, (ids, _), sides) in enumerate(zip(self.texts, encoded, self.answers, strict=True))
             )
 
@@ -292,6 +303,14 @@ def _answer_id(answer: str | int, text: Text, ids: tuple[int, ...], tokenizer: A
         pieces = tokenizer.convert_ids_to_tokens(tokens)
         raise ExamplesError(f"the answer {answer!r} of example {row} is {len(tokens)} tokens {pieces}; {hint}")
     return int(tokens[0])
+
+
+def _label_id(answer: str | int, labels: Mapping[str, int], row: int) -> int:
+    if isinstance(answer, int):
+        return answer
+    if answer not in labels:
+        raise ExamplesError(f"the answer {answer!r} of example {row} is none of the labels {', '.join(labels)}")
+    return labels[answer]
 
 
 def _span(name: str, row: int, span: Span, ids: tuple[int, ...], offsets: list[Span] | None, text: Text) -> Span:

@@ -77,6 +77,10 @@ class Where:
     valid: Bool[Tensor, "example"] | Bool[Tensor, "example chosen"] | None = None
     """False where a row has no such position here; None when all rows have."""
 
+    def to(self, device: Any) -> "Where":
+        """The same on a device; layers may lie on several."""
+        return Where(self.columns.to(device), None if self.valid is None else self.valid.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:

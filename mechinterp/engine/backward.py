@@ -11,8 +11,9 @@ from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import FINAL_NORM, Passed, call
 from mechinterp.errors import NeedsError
-from mechinterp.model.hooks import PATTERN_KINDS, Attached, select
+from mechinterp.model.hooks import Attached
 from mechinterp.model.model import Model
+from mechinterp.model.slices import PATTERN_KINDS, select
 from mechinterp.sites import Site
 
 
@@ -35,7 +36,7 @@ def backward(
         head: Any = model.hf.get_submodule(model.arch.unembed)
         written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
         last = Read(Site("logits") if written else FINAL_NORM)
-        stop = None if written else FINAL_NORM
+        stop = last.site
         attached = Attached(model.hf, model.arch, model.dims, (), [last], places, stop=stop)
         with attached:
             call(model, batch)
@@ -55,6 +56,8 @@ def backward(
         heads = model.dims.heads(site.kind)
         if site.kind in PATTERN_KINDS:  # select() takes batch pos [head] width
             grad = grad.transpose(1, 2)
+        elif site.kind == "router":
+            grad = grad.view(len(batch), -1, grad.shape[-1])
         elif heads is not None and grad.ndim == 3:
             grad = grad.unflatten(-1, (heads, -1))
         part = select(grad, site, batch.where(site.positions))

@@ -14,8 +14,10 @@ from mechinterp.core.metrics import Metric, Rows
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import ExamplesError, HookError, SiteError
-from mechinterp.model.hooks import PATTERN_KINDS, Attached, Pass, Stop, select
+from mechinterp.model.attention import Pass
+from mechinterp.model.hooks import Attached, Stop
 from mechinterp.model.model import Model, as_examples
+from mechinterp.model.slices import PATTERN_KINDS, select
 from mechinterp.sites import Site, resolve
 
 FINAL_NORM = Site("final_norm")
@@ -63,7 +65,7 @@ def forward(
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
     taken = list(dict.fromkeys(needed + ([full] if whole else [])))
-    attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=None if whole else stop)
+    attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=full.site if whole else stop)
     with attached:
         call(model, batch, lenient)
         _fired(taken, attached.values)
@@ -157,6 +159,8 @@ def generate(
         raise ExamplesError(
             "reads while generating follow one sequence with its cache; leave beams and use_cache alone"
         )
+    if model.dims.n_labels is not None:
+        raise ExamplesError(f"{model.name} is a classifier, which generates nothing; use trace or run")
     attached = Attached(model.hf, model.arch, model.dims, interventions, wanted, keep_steps=True)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     if getattr(model.hf.generation_config, "pad_token_id", None) is None:

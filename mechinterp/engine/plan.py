@@ -16,7 +16,7 @@ from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Read, Run
 from mechinterp.engine.sweep import row_count, source_reads
 from mechinterp.errors import MechinterpError, NeedsError
-from mechinterp.model.hooks import check
+from mechinterp.model.architecture import check
 from mechinterp.model.model import Model, as_examples
 from mechinterp.sites import KINDS, Site, resolve
 
@@ -292,8 +292,8 @@ def _bytes(model: Model, read: Read, tokens: int, longest: int, examples: int) -
     if read.reduce is not None:
         return 0
     d, site = model.dims, read.site
-    sizes = {"d_model": d.d_model, "d_head": d.d_head, "d_mlp": d.d_mlp, "vocab": d.vocab, "key": longest}
-    heads = {"head": d.n_heads, "kv_head": d.n_kv_heads}
+    sizes = {"d_model": d.d_model, "d_head": d.d_head, "d_mlp": d.d_mlp, "vocab": d.n_outputs, "key": longest}
+    heads = {"head": d.n_heads, "kv_head": d.n_kv_heads, "expert": d.n_experts}
     if site.heads is not None:
         heads = dict.fromkeys(heads, 1 if isinstance(site.heads, int) else len(site.heads))
     width = 1

@@ -17,8 +17,8 @@ from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import Passed, forward, score
 from mechinterp.errors import ExamplesError, NeedsError
-from mechinterp.model.hooks import select
 from mechinterp.model.model import Model
+from mechinterp.model.slices import select
 from mechinterp.sites import Position, Site, resolve
 
 

@@ -8,8 +8,10 @@ that layer alone.
 
 import sys
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,15 +19,41 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mechinterp.errors import ModelError
+from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.trace import Read
+from mechinterp.errors import ModelError, SiteError
+from mechinterp.model.slices import PATTERN_KINDS, index
+from mechinterp.sites import Site
 
 PREFIX = "mechinterp_"
+PER_QUERY_HEAD = ("k", "k_normed", "k_rot", "v")
+"""Kinds with a view repeated for each query head."""
 BLOCK_BYTES = 8 << 20
 """Size of one block of probabilities; blocks depend on shapes alone, so no analyzer moves another's numbers."""
 
 Query: TypeAlias = Float[Tensor, "batch head query d_head"]
 Key: TypeAlias = Float[Tensor, "batch kv_head key d_head"]
 Pattern: TypeAlias = Float[Tensor, "batch head query key"]
+
+
+@dataclass
+class Pass:
+    """The state of one forward call; it travels down to the attention function as a keyword."""
+
+    batch: TokenBatch
+    lenient: bool = True
+    """Rows that lack a written position are left as they are, instead of being an error."""
+    work: list["LayerWork"] = field(default_factory=list)
+    kept: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """(end, module path) → what went in or came out there, after everybody's writes, where something else needs it."""
+    head_out: dict[int, Tensor] = field(default_factory=dict)
+    """What heads write, by layer, where somebody changed it."""
+
+    def attention(self, layer: int) -> list["LayerWork"]:
+        return [each for each in self.work if each.layer == layer]
+
+
+Act: TypeAlias = Callable[[Pass, Tensor], Tensor]
 
 
 class Side(ABC):
@@ -102,22 +130,86 @@ class Explicit(Side):
         return self.tensors[kind].transpose(1, 2)[rows, columns].transpose(1, 2)
 
 
-@runtime_checkable
-class LayerWork(Protocol):
-    """What one attachment wants of one layer's attention; `hooks` implements it."""
+@dataclass
+class LayerWork:
+    """What one attachment wants of one layer's attention."""
+
+    layer: int
+    path: str
+    """Of the layer's attention module."""
+    rotary: Callable[..., tuple[Tensor, Tensor]]
+    """The model's rotary embedding: (values, position ids) → cos and sin."""
+    edits: dict[str, list[Act]] = field(default_factory=lambda: defaultdict(list))
+    """Writes and reads of q_rot, k_rot, scores and pattern, in order; see `key` for views per query head."""
+    watched: list[Read] = field(default_factory=list)
+    """Reads of scores and pattern."""
+    differentiated: bool = False
+    state: Pass | None = None
+    values: dict[Read, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def key(site: Site) -> str:
+        return f"{site.kind} per query head" if site.per_query_head else site.kind
 
     @property
     def explicit(self) -> bool:
         """The explicit softmax must be taken: something is written to scores or pattern, or differentiated."""
-        ...
+        return self.differentiated or any(self.edits[kind] for kind in PATTERN_KINDS)
 
-    def edit(self, kind: str, value: Tensor) -> Tensor:
-        """Writes at q_rot, k_rot, scores or pattern (and reads of the first two)."""
-        ...
+    def edit(self, key: str, value: Tensor) -> Tensor:
+        """The value at a place inside attention after everything that is wanted there."""
+        assert self.state is not None
+        for act in self.edits[key]:
+            value = act(self.state, value)
+        return value
 
     def watch(self, side: Side) -> None:
-        """Reads of scores and pattern."""
-        ...
+        """Take the scores and patterns that are read, whole, at chosen queries, or reduced block by block."""
+        assert self.state is not None
+        batch = self.state.batch
+        # A sliding window's cache forgets the first keys; the key axis still counts from the first token.
+        forgotten = batch.mask.shape[1] - side.key.shape[2]
+
+        def aligned(kind: str, found: Tensor) -> Tensor:
+            fill = 0.0 if kind == "pattern" else float("-inf")
+            return torch.nn.functional.pad(found, (forgotten, 0), value=fill) if forgotten else found
+
+        reduced: dict[str, list[Read]] = defaultdict(list)
+        for read in self.watched:
+            site = read.site
+            where = batch.where(site.positions)
+            if read.reduce is not None:
+                if where is not None or site.heads is not None:
+                    raise SiteError(
+                        f"{site} is reduced, so it takes all heads and queries; choose among them in the function"
+                    )
+                reduced[site.kind].append(read)
+            elif where is None:
+                whole = aligned(site.kind, side.at(site.kind, slice(0, side.query.shape[2])))
+                self.values[read] = whole if site.heads is None else whole[:, index(site.heads)]
+            else:
+                where = where.to(side.query.device)
+                single = where.columns.ndim == 1
+                chosen = side.gather(site.kind, where.columns[:, None] if single else where.columns)
+                chosen = aligned(site.kind, chosen)
+                if where.valid is not None:
+                    valid = where.valid.reshape(len(chosen), 1, -1, 1)
+                    chosen = chosen.masked_fill(~valid, float("nan"))
+                chosen = chosen[:, :, 0] if single else chosen
+                self.values[read] = chosen if site.heads is None else chosen[:, index(site.heads)]
+        for kind, reads in reduced.items():
+            pieces: dict[Read, list[Tensor]] = {read: [] for read in reads}
+            real = batch.mask[:, None, batch.offset :, None].to(side.query.device)
+            padded = kind == "pattern" and not bool(real.all())
+            for queries, found in side.blocks(kind):
+                whole = aligned(kind, found)
+                block = whole * real[:, :, queries] if padded else whole  # padding attends to nothing
+                for read in reads:
+                    assert read.reduce is not None
+                    pieces[read].append(read.reduce.fn(block, queries, batch))
+            for read in reads:
+                assert read.reduce is not None
+                self.values[read] = read.reduce.join(pieces[read])
 
 
 def raw_scores(query: Query, key: Key, scaling: float) -> Float[Tensor, "batch head query key"]:
@@ -154,24 +246,77 @@ def attention(
 
     The pass travels down to here as the keyword ``mechinterp``.
     """
-    state = kwargs.pop("mechinterp", None)
+    state: Pass | None = kwargs.pop("mechinterp", None)
     layer: Any = module
     name = str(layer.config._attn_implementation).removeprefix(PREFIX)
-    work: list[LayerWork] = [] if state is None else state.attention(layer.layer_idx)
+    work = [] if state is None else state.attention(layer.layer_idx)
     for each in work:
         query = each.edit("q_rot", query.transpose(1, 2)).transpose(1, 2)
         cached = key.shape[2] - query.shape[2]  # with a key/value cache, keys of earlier steps stand first
         new = each.edit("k_rot", key[:, :, cached:].transpose(1, 2)).transpose(1, 2)
         key = torch.cat([key[:, :, :cached], new], 2) if cached else new
     scaling, mask = float(kwargs["scaling"]), attention_mask
-    if any(each.explicit for each in work):
-        side, out = _explicit(query, key, value, _full_mask(mask), scaling, work)
+    repeated = None if state is None else _per_query_head(layer, key, work, state, kwargs.get("position_ids"))
+    if repeated is not None or any(each.explicit for each in work):
+        keys, values = (None, None) if repeated is None else repeated
+        keys, values = key if keys is None else keys, value if values is None else values
+        side, out = _explicit(query, keys, values, _full_mask(mask), scaling, work)
     else:
         out = _kernel(name, module)(module, query, key, value, mask, **kwargs)[0]
         side = Beside(query, key, _full_mask(mask), scaling)
     for each in work:
         each.watch(side)
     return out, None
+
+
+def _per_query_head(
+    module: Any, key: Key, work: list[LayerWork], state: Pass, position_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Keys and values repeated for each query head and written there; None where nothing was.
+
+    A key that is written before the norm or rotary goes through the model's own from there on.
+    """
+    wanted = [kind for kind in PER_QUERY_HEAD if any(each.edits[f"{kind} per query head"] for each in work)]
+    if not wanted:
+        return None
+
+    def edit(kind: str, heads: Tensor) -> Tensor:
+        for each in work:
+            heads = each.edit(f"{kind} per query head", heads)
+        return heads
+
+    def kept(name: str) -> Tensor:
+        out = state.kept["out", f"{work[0].path}.{name}"]
+        return out.view(*out.shape[:2], -1, module.head_dim)
+
+    def rotated(heads: Tensor) -> Tensor:
+        cos, sin = work[0].rotary(heads, position_ids)
+        turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        return turn(heads.transpose(1, 2), heads.transpose(1, 2), cos, sin)[1].transpose(1, 2)
+
+    def own(kind: str) -> Tensor:
+        """One head for each query head: batch pos head d_head."""
+        names = {"k": "k_proj", "k_normed": "k_norm", "v": "v_proj"}
+        new = key[:, :, key.shape[2] - state.batch.ids.shape[1] :].transpose(1, 2) if kind == "k_rot" else None
+        return (kept(names[kind]) if new is None else new).repeat_interleave(module.num_key_value_groups, 2)
+
+    keys: Tensor | None = None  # from the first write on
+    for kind in ("k", "k_normed", "k_rot"):
+        if keys is not None and kind == "k_normed" and hasattr(module, "k_norm"):
+            keys = module.k_norm.forward(keys)
+        if keys is not None and kind == "k_rot":
+            keys = rotated(keys)
+        if kind in wanted:
+            old = own(kind) if keys is None else keys
+            new = edit(kind, old)
+            keys = new if keys is not None or new is not old else None
+    values: Tensor | None = None
+    if "v" in wanted:
+        old = own("v")
+        values = None if (new := edit("v", old)) is old else new
+    if keys is None and values is None:
+        return None
+    return None if keys is None else keys.transpose(1, 2), None if values is None else values.transpose(1, 2)
 
 
 def _explicit(

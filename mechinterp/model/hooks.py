@@ -6,9 +6,8 @@ order given, then reads, so reads see what was written. Nested attachments act f
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,34 +16,15 @@ from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import TokenBatch, Where
 from mechinterp.core.trace import Read
 from mechinterp.errors import HookError, SiteError
-from mechinterp.model.architecture import Architecture, Dims
-from mechinterp.model.attention import PREFIX, LayerWork, Side, register
+from mechinterp.model.architecture import Architecture, Dims, check
+from mechinterp.model.attention import PREFIX, Act, LayerWork, Pass, register
+from mechinterp.model.slices import PATTERN_KINDS, overwrite, select
+from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
-
-PATTERN_KINDS = ("scores", "pattern")
-
-Act: TypeAlias = Callable[["Pass", Tensor], Tensor]
 
 
 class Stop(Exception):
     """Ends a pass after the last site that anyone reads. Private to the engine."""
-
-
-@dataclass
-class Pass:
-    """The state of one forward call; it travels down to the attention function as a keyword."""
-
-    batch: TokenBatch
-    lenient: bool = True
-    """Rows that lack a written position are left as they are, instead of being an error."""
-    work: list["_Attention"] = field(default_factory=list)
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    """What a module was given, after everybody's writes, where a write elsewhere depends on it."""
-    head_out: dict[int, Tensor] = field(default_factory=dict)
-    """What heads write, by layer, where somebody changed it."""
-
-    def attention(self, layer: int) -> list[LayerWork]:
-        return [each for each in self.work if each.layer == layer]
 
 
 class Attached:
@@ -85,13 +65,10 @@ class Attached:
         self.passes = 0
         self.now: Pass | None = None
         self._reached: set[Site] = set()
-        self._keep: set[str] = set()  # paths whose input is kept for a write elsewhere
+        self._keep: set[tuple[str, str]] = set()  # (end, path) of what is kept for somebody elsewhere
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         for site in [*(s for s, _ in self.writes), *(r.site for r in self.reads), *self.grads]:
             check(site, arch, dims)
-        for site, _ in self.writes:
-            if site.per_query_head:
-                raise SiteError(f"{site} cannot be written per query head; write its kv head, or scores, pattern or z")
 
     def __enter__(self) -> "Attached":
         if self._handles:
@@ -121,7 +98,7 @@ class Attached:
     def _attach(self) -> None:
         ins: dict[str, list[Act]] = defaultdict(list)
         outs: dict[str, list[Act]] = defaultdict(list)
-        work: dict[int, _Attention] = {}
+        work: dict[int, LayerWork] = {}
         for site, write in self.writes:
             self._place_write(site, write, ins, outs, work)
         for read in self.reads:
@@ -138,7 +115,7 @@ class Attached:
                 self.hf.get_submodule(path).register_forward_pre_hook(self._in(path, acts), with_kwargs=True)
             )
         for path, acts in outs.items():
-            self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(acts)))
+            self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(path, acts)))
         self._work, self._kernel = list(work.values()), None
         config: Any = self.hf.config
         if work and not str(config._attn_implementation).startswith(PREFIX):
@@ -155,13 +132,19 @@ class Attached:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every forward call of the base model gets a `Pass`, made by the engine or from the call itself."""
+        cache = kwargs.get("past_key_values")
+        if self._work and getattr(cache, "is_compileable", False):
+            raise SiteError("inside attention, a cache of fixed length cannot be read or written; use a dynamic one")
         state = kwargs.get("mechinterp") or Pass(_batch_of_call(args, kwargs))
-        if state.batch.offset and any(site.kind == "k_rot" for site, _ in self.writes):
-            raise SiteError("k_rot cannot be written while generating: the cache holds the keys already; write k")
+        for site, _ in self.writes if state.batch.offset else ():
+            if site.kind == "k_rot" or site.per_query_head:
+                raise SiteError(f"{site} cannot be written while generating: the cache holds it already; write k or v")
         self.now, self.passes = state, self.passes + 1
         self.values = {}
         if self.keep_steps:
             self.steps.append(self.values)
+        for each in self._work:
+            each.state, each.values = state, self.values
         state.work += self._work
         return args, {**kwargs, "mechinterp": state}
 
@@ -172,26 +155,33 @@ class Attached:
             new = old
             for act in acts:
                 new = act(self.now, new)
-            if path in self._keep or path in self.now.kept:
-                self.now.kept[path] = new
+            self._remember(("in", path), new)
             if new is old:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
         return hook
 
-    def _out(self, acts: list[Act]) -> Callable[..., Any]:
+    def _out(self, path: str, acts: list[Act]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             assert self.now is not None
             old: Tensor = output[0] if isinstance(output, tuple) else output
             new = old
             for act in acts:
                 new = act(self.now, new)
+            self._remember(("out", path), new)
             if new is old:
                 return None
+            if hasattr(module, "num_experts"):
+                return (new, *_route(module, new))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return hook
+
+    def _remember(self, place: tuple[str, str], value: Tensor) -> None:
+        assert self.now is not None
+        if place in self._keep or place in self.now.kept:
+            self.now.kept[place] = value
 
     def _place_write(
         self,
@@ -199,29 +189,29 @@ class Attached:
         write: Intervention,
         ins: dict[str, list[Act]],
         outs: dict[str, list[Act]],
-        work: dict[int, "_Attention"],
+        work: dict[int, LayerWork],
     ) -> None:
         place = self.arch.place(site)
         edit = self._edit(site, write)
         if site.kind == "resid_mid":  # no module makes it: a write is a change of attn_out
             assert site.layer is not None
             layer = site.layer
-            path = self._kept(self.arch.layer(layer), ins)
+            entering = self._kept("in", self.arch.layer(layer), ins)
 
             def mid(state: Pass, attn_out: Tensor) -> Tensor:
-                old = state.kept[path] + attn_out
+                old = state.kept[entering] + attn_out
                 return attn_out + (edit(state, old) - old)
 
             outs[f"{self.arch.layer(layer)}.self_attn"].append(mid)
         elif site.kind == "head_out":
             outs[place.path].append(self._through_heads(site, edit, ins))
         elif place.end == "attention":
-            self._layer(work, site).edits[site.kind].append(edit)
+            self._inside(site, edit, outs, work)
         else:
             (ins if place.end == "in" else outs)[place.path].append(self._split(site, edit))
 
     def _place_read(
-        self, read: Read, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, "_Attention"]
+        self, read: Read, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
     ) -> None:
         site = read.site
         place = self.arch.place(site)
@@ -234,18 +224,19 @@ class Attached:
             )
 
         def keep(state: Pass, value: Tensor) -> Tensor:
-            self.values[read] = select(value, site, state.batch.where(site.positions), self._repeat(site))
+            where = state.batch.where(site.positions)
+            self.values[read] = select(value, site, None if where is None else where.to(value.device))
             return value
 
         if place.end == "attention":
-            self._layer(work, site).edits[site.kind].append(keep)
+            self._inside(site, keep, outs, work)
         elif site.kind == "head_out":
             outs[place.path].append(self._through_heads(site, keep, ins))
         else:
             (ins if place.end == "in" else outs)[place.path].append(self._split(site, keep))
 
     def _place_grad(
-        self, site: Site, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, "_Attention"]
+        self, site: Site, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
     ) -> None:
         place = self.arch.place(site)
         if site.kind == "head_out":
@@ -268,15 +259,24 @@ class Attached:
         else:
             (ins if place.end == "in" else outs)[place.path].append(capture)
 
-    def _layer(self, work: dict[int, "_Attention"], site: Site) -> "_Attention":
-        assert site.layer is not None
-        return work.setdefault(site.layer, _Attention(self, site.layer))
+    def _inside(self, site: Site, act: Act, outs: dict[str, list[Act]], work: dict[int, LayerWork]) -> None:
+        """Act inside the attention function; a view per query head starts from what its module gave."""
+        self._layer(work, site).edits[LayerWork.key(site)].append(act)
+        if site.per_query_head and site.kind != "k_rot":
+            self._kept("out", self.arch.place(site.of_kv_head).path, outs)
 
-    def _kept(self, path: str, ins: dict[str, list[Act]]) -> str:
-        """Keep what a module is given, after all writes there; returns the path."""
-        self._keep.add(path)
-        ins[path] += []  # so that a hook is there even if nothing is read or written
-        return path
+    def _layer(self, work: dict[int, LayerWork], site: Site) -> LayerWork:
+        assert site.layer is not None
+        if site.layer not in work:
+            rotary: Any = self.hf.get_submodule(f"{self.arch.base}.rotary_emb")
+            work[site.layer] = LayerWork(site.layer, f"{self.arch.layer(site.layer)}.self_attn", rotary)
+        return work[site.layer]
+
+    def _kept(self, end: Literal["in", "out"], path: str, hooked: dict[str, list[Act]]) -> tuple[str, str]:
+        """Keep what goes into a module, or comes out of it, after all writes there; returns where it is kept."""
+        self._keep.add((end, path))
+        hooked[path] += []  # so that a hook is there even if nothing is read or written
+        return end, path
 
     def _edit(self, site: Site, write: Intervention) -> Act:
         def act(state: Pass, value: Tensor) -> Tensor:
@@ -286,18 +286,20 @@ class Attached:
             if where is not None and where.valid is not None and not bool(where.valid.any()):
                 return value
             self._reached.add(site)
+            where = None if where is None else where.to(value.device)
             return overwrite(value, site, where, write.for_rows(state.batch.rows))
 
         return act
 
     def _split(self, site: Site, act: Act) -> Act:
-        """View a projection's output with its head axis, where it has one."""
+        """View a projection's output with its head axis, and a router's with examples and positions apart."""
         heads = self.dims.heads(site.kind)
-        if heads is None:
+        if heads is None and site.kind != "router":
             return act
 
         def split(state: Pass, value: Tensor) -> Tensor:
-            view = value.view(*value.shape[:2], heads, -1)
+            lead = (len(state.batch), -1) if heads is None else (*value.shape[:2], heads)
+            view = value.view(*lead, value.shape[-1] if heads is None else -1)
             new = act(state, view)
             return value if new is view else new.reshape(value.shape)
 
@@ -306,14 +308,14 @@ class Attached:
     def _through_heads(self, site: Site, act: Act, ins: dict[str, list[Act]]) -> Act:
         """head_out is z through its slice of W_O; a write there is a change of the sum."""
         assert site.layer is not None
-        layer, path = site.layer, self._kept(self.arch.place(site).path, ins)
-        projection: Any = self.hf.get_submodule(path)
+        layer, entering = site.layer, self._kept("in", self.arch.place(site).path, ins)
+        projection = self.hf.get_submodule(entering[1])
 
         def through(state: Pass, total: Tensor) -> Tensor:
             old = state.head_out.get(layer)
             if old is None:
-                z = state.kept[path].unflatten(-1, (self.dims.n_heads, -1))
-                weight = projection.weight.view(self.dims.d_model, self.dims.n_heads, -1)
+                z = state.kept[entering].unflatten(-1, (self.dims.n_heads, -1))
+                weight = linear_weight(projection).view(self.dims.d_model, self.dims.n_heads, -1)
                 old = torch.einsum("bphe,dhe->bphd", z, weight)
             new = act(state, old)
             if new is old:  # not kept: it is as large as a residual stream for every head
@@ -323,161 +325,6 @@ class Attached:
 
         return through
 
-    def _repeat(self, site: Site) -> int:
-        return self.dims.n_heads // self.dims.n_kv_heads if site.per_query_head else 1
-
-
-@dataclass
-class _Attention:
-    """One attachment's work inside one layer's attention."""
-
-    owner: Attached
-    layer: int
-    edits: dict[str, list[Act]] = field(default_factory=lambda: defaultdict(list))
-    watched: list[Read] = field(default_factory=list)
-    differentiated: bool = False
-
-    @property
-    def explicit(self) -> bool:
-        return self.differentiated or any(self.edits[kind] for kind in PATTERN_KINDS)
-
-    def edit(self, kind: str, value: Tensor) -> Tensor:
-        state = self.owner.now
-        assert state is not None
-        for act in self.edits[kind]:
-            value = act(state, value)
-        return value
-
-    def watch(self, side: Side) -> None:
-        state = self.owner.now
-        assert state is not None
-        reduced: dict[str, list[Read]] = defaultdict(list)
-        for read in self.watched:
-            site = read.site
-            where = state.batch.where(site.positions)
-            if read.reduce is not None:
-                if where is not None or site.heads is not None:
-                    raise SiteError(
-                        f"{site} is reduced, so it takes all heads and queries; choose among them in the function"
-                    )
-                reduced[site.kind].append(read)
-            elif where is None:
-                whole = side.at(site.kind, slice(0, side.query.shape[2]))
-                self.owner.values[read] = whole if site.heads is None else whole[:, _index(site.heads)]
-            else:
-                single = where.columns.ndim == 1
-                chosen = side.gather(site.kind, where.columns[:, None] if single else where.columns)
-                if where.valid is not None:
-                    valid = where.valid.reshape(len(chosen), 1, -1, 1)
-                    chosen = chosen.masked_fill(~valid, float("nan"))
-                chosen = chosen[:, :, 0] if single else chosen
-                self.owner.values[read] = chosen if site.heads is None else chosen[:, _index(site.heads)]
-        for kind, reads in reduced.items():
-            pieces: dict[Read, list[Tensor]] = {read: [] for read in reads}
-            real = state.batch.mask[:, None, state.batch.offset :, None]
-            padded = kind == "pattern" and not bool(real.all())
-            for queries, whole in side.blocks(kind):
-                block = whole * real[:, :, queries] if padded else whole  # padding attends to nothing
-                for read in reads:
-                    assert read.reduce is not None
-                    pieces[read].append(read.reduce.fn(block, queries, state.batch))
-            for read in reads:
-                assert read.reduce is not None
-                self.owner.values[read] = read.reduce.join(pieces[read])
-
-
-def check(site: Site, arch: Architecture, dims: Dims) -> None:
-    """Raise unless this model has the site.
-
-    Raises:
-        SiteError: no such layer, head, or kind in this model.
-    """
-    arch.place(site)
-    if site.layer is not None and not 0 <= site.layer < dims.n_layers:
-        raise SiteError(f"{site} does not exist: the model has layers 0 to {dims.n_layers - 1}")
-    count = dims.n_heads if site.per_query_head else dims.heads(site.kind)
-    for head in (site.heads,) if isinstance(site.heads, int) else site.heads or ():
-        if count is not None and not 0 <= head < count:
-            kind = "key/value heads" if site.axes[2] == "kv_head" else "heads"
-            raise SiteError(f"{site} does not exist: layer {site.layer} has {kind} 0 to {count - 1}")
-
-
-def select(value: Tensor, site: Site, where: Where | None, repeat: int = 1) -> Tensor:
-    """The slice of ``batch pos [head] width`` that a site's positions and heads mean.
-
-    Padding among chosen positions is NaN.
-    """
-    out = value if repeat == 1 else value.repeat_interleave(repeat, 2)
-    if where is not None:
-        rows = torch.arange(len(out), device=out.device)
-        out = out[rows if where.columns.ndim == 1 else rows[:, None], where.columns]
-    if site.heads is not None:
-        out = (
-            out[:, _index(site.heads)]
-            if where is not None and where.columns.ndim == 1
-            else out[:, :, _index(site.heads)]
-        )
-    if where is not None and where.valid is not None:
-        valid = where.valid.reshape(*where.valid.shape, *[1] * (out.ndim - where.valid.ndim))
-        out = out.masked_fill(~valid, float("nan"))
-    return out
-
-
-def overwrite(value: Tensor, site: Site, where: Where | None, write: Intervention) -> Tensor:
-    """A copy of the whole tensor with the site's slice edited.
-
-    Raises:
-        HookError: the intervention returned another shape.
-    """
-    swap = site.kind in PATTERN_KINDS  # batch head query key: positions select queries
-    whole = value.transpose(1, 2) if swap else value
-    rows: Any = slice(None)
-    columns: Any = slice(None)
-    if where is not None:
-        rows = torch.arange(len(whole), device=whole.device)
-        rows, columns = (rows if where.columns.ndim == 1 else rows[:, None]), where.columns
-    part = whole[rows, columns]
-    at_head = 1 if where is not None and where.columns.ndim == 1 else 2
-    heads = None if site.heads is None else _index(site.heads)
-    chosen = (slice(None),) * at_head + (heads,)
-    old = part if heads is None else part[chosen]
-    # With both axes left, the slice of a pattern is batch head query key, as it is read.
-    turned = swap and old.ndim == 4
-    shown = old.transpose(1, 2) if turned else old
-    try:
-        new = write(shown)
-    except RuntimeError as error:
-        if "must match" not in str(error):
-            raise
-        raise HookError(
-            f"{type(write).__name__} does not fit {site}, a slice of shape {tuple(shown.shape)}: {error}"
-        ) from error
-    if new.shape != shown.shape:
-        raise HookError(
-            f"{type(write).__name__} at {site} returned shape {tuple(new.shape)} for a slice of shape"
-            f" {tuple(shown.shape)}; return the same shape"
-        )
-    new = (new.transpose(1, 2) if turned else new).to(old.dtype)
-    if where is not None and where.valid is not None:
-        valid = where.valid.reshape(*where.valid.shape, *[1] * (new.ndim - where.valid.ndim))
-        new = torch.where(valid, new, old)
-    if heads is not None:
-        part = part.clone()
-        part[chosen] = new
-        new = part
-    out = whole.clone()
-    if where is not None and where.valid is not None and where.columns.ndim == 2:
-        # Invalid slots point at a real column; writing them back could undo a valid write there.
-        r, c = rows.expand_as(columns)[where.valid], columns[where.valid]
-        out[r, c] = new[where.valid]
-    else:
-        out[rows, columns] = new
-    return out.transpose(1, 2) if swap else out
-
-
-def _index(heads: int | tuple[int, ...]) -> Any:
-    return heads if isinstance(heads, int) else list(heads)
-
 
 def _real(batch: TokenBatch) -> Where:
     """All real tokens of left-padded rows, from the first on."""
@@ -485,6 +332,14 @@ def _real(batch: TokenBatch) -> Where:
     columns = batch.starts[:, None] + steps - batch.offset
     valid = (steps < batch.lengths[:, None]) & (columns >= 0)
     return Where(columns.clamp(0, batch.ids.shape[1] - 1), valid)
+
+
+def _route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and numbers of the experts that router logits choose, as transformers' own router does."""
+    probs = logits.softmax(-1, dtype=torch.float32)
+    top = probs.topk(gate.top_k, dim=-1)
+    weights = top.values / top.values.sum(-1, keepdim=True) if gate.norm_topk_prob else top.values
+    return weights.to(logits.dtype), top.indices
 
 
 def _stop(state: Pass, value: Tensor) -> Tensor:
@@ -500,6 +355,6 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenBatch:
     cache = kwargs.get("past_key_values")
     offset = 0 if cache is None else int(cache.get_seq_length())
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if mask is None or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # generate may have made one for each kind of layer
         mask = torch.ones((ids.shape[0], offset + ids.shape[1]), device=ids.device)
     return TokenBatch(ids, mask.bool(), offset=offset)

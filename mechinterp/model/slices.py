@@ -1,0 +1,91 @@
+"""The slice of a tensor that a site's positions and heads mean: taken, or put back edited."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechinterp.core.interventions import Intervention
+from mechinterp.core.tokens import Where
+from mechinterp.errors import HookError
+from mechinterp.sites import Site
+
+PATTERN_KINDS = ("scores", "pattern")
+
+
+def select(value: Tensor, site: Site, where: Where | None) -> Tensor:
+    """The slice of ``batch pos [head] width`` that a site's positions and heads mean.
+
+    Padding among chosen positions is NaN.
+    """
+    out = value
+    if where is not None:
+        rows = torch.arange(len(out), device=out.device)
+        out = out[rows if where.columns.ndim == 1 else rows[:, None], where.columns]
+    if site.heads is not None:
+        out = (
+            out[:, index(site.heads)]
+            if where is not None and where.columns.ndim == 1
+            else out[:, :, index(site.heads)]
+        )
+    if where is not None and where.valid is not None:
+        valid = where.valid.reshape(*where.valid.shape, *[1] * (out.ndim - where.valid.ndim))
+        out = out.masked_fill(~valid, float("nan"))
+    return out
+
+
+def overwrite(value: Tensor, site: Site, where: Where | None, write: Intervention) -> Tensor:
+    """A copy of the whole tensor with the site's slice edited.
+
+    Raises:
+        HookError: the intervention returned another shape.
+    """
+    swap = site.kind in PATTERN_KINDS  # batch head query key: positions select queries
+    whole = value.transpose(1, 2) if swap else value
+    rows: Any = slice(None)
+    columns: Any = slice(None)
+    if where is not None:
+        rows = torch.arange(len(whole), device=whole.device)
+        rows, columns = (rows if where.columns.ndim == 1 else rows[:, None]), where.columns
+    part = whole[rows, columns]
+    at_head = 1 if where is not None and where.columns.ndim == 1 else 2
+    heads = None if site.heads is None else index(site.heads)
+    chosen = (slice(None),) * at_head + (heads,)
+    old = part if heads is None else part[chosen]
+    # With both axes left, the slice of a pattern is batch head query key, as it is read.
+    turned = swap and old.ndim == 4
+    shown = old.transpose(1, 2) if turned else old
+    try:
+        new = write(shown)
+    except RuntimeError as error:
+        if "must match" not in str(error):
+            raise
+        raise HookError(
+            f"{type(write).__name__} does not fit {site}, a slice of shape {tuple(shown.shape)}: {error}"
+        ) from error
+    if new.shape != shown.shape:
+        raise HookError(
+            f"{type(write).__name__} at {site} returned shape {tuple(new.shape)} for a slice of shape"
+            f" {tuple(shown.shape)}; return the same shape"
+        )
+    new = (new.transpose(1, 2) if turned else new).to(old.dtype)
+    if where is not None and where.valid is not None:
+        valid = where.valid.reshape(*where.valid.shape, *[1] * (new.ndim - where.valid.ndim))
+        new = torch.where(valid, new, old)
+    if heads is not None:
+        part = part.clone()
+        part[chosen] = new
+        new = part
+    out = whole.clone()
+    if where is not None and where.valid is not None and where.columns.ndim == 2:
+        # Invalid slots point at a real column; writing them back could undo a valid write there.
+        r, c = rows.expand_as(columns)[where.valid], columns[where.valid]
+        out[r, c] = new[where.valid]
+    else:
+        out[rows, columns] = new
+    return out.transpose(1, 2) if swap else out
+
+
+def index(heads: int | tuple[int, ...]) -> Any:
+    """Heads as an index: one drops the axis."""
+    return heads if isinstance(heads, int) else list(heads)
