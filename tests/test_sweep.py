@@ -58,15 +58,16 @@ def diff(logits: torch.Tensor) -> torch.Tensor:
 def test_patching_equals_a_loop_of_hooks(model: mi.Model, kind: str) -> None:
     examples = equal_length_pairs(model)
     clean, corrupted = list(examples.texts), list(examples.corrupted or ())
-    got = swept(model, examples, mi.Sweep(mi.logit_diff(), mi.Sites(kind), positions="each"))
-    source = model.trace(clean, kind)
-    for layer in range(3):
+    layers = tuple(s.layer for s in model.sites if s.kind == kind and s.layer is not None)
+    got = swept(model, examples, mi.Sweep(mi.logit_diff(), mi.Sites(kind, layers), positions="each"))
+    source = model.trace(clean, mi.Sites(kind, layers))
+    for row, layer in enumerate(layers):
         for position in (0, 2, 5):
             site = Site(kind, layer, positions=position)
             value = source[f"{kind}.{layer}"]
             part = value[:, :, position] if kind == "pattern" else value[:, position]
             out = model.trace(corrupted, "logits", interventions=[mi.Replace(site, part)])["logits"]
-            torch.testing.assert_close(got.values[:, layer, position], diff(out), atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(got.values[:, row, position], diff(out), atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(got.base, diff(model.trace(corrupted, "logits")["logits"]))
     torch.testing.assert_close(got.source, diff(model.trace(clean, "logits")["logits"]))
     assert got.axes == ("layer", "position")

@@ -201,24 +201,32 @@ def architecture(hf: nn.Module) -> Architecture:
     if family in FAMILIES:
         return FAMILIES[family]
     known = f"models of type {family!r} are not in the architecture table, which has {', '.join(FAMILIES)}"
-    differences = list(_differences(hf, Architecture(family)))
-    if differences:
+    normed = any(path.endswith("self_attn.q_norm") for path, _ in hf.named_modules())
+    if differences := list(_differences(hf, Architecture(family, qk_norm=normed))):
         raise ModelError(
             f"{known}, and this one is not built like Llama: {'; '.join(differences)}. A row would need a"
             f" new trait or path for that; {GUIDE} says how to add one"
         )
+    row = f"Architecture({family!r}{', qk_norm=True' if normed else ''})"
     raise ModelError(
-        f"{known}; its modules have Llama's names, so a row FAMILIES[{family!r}] = Architecture({family!r})"
-        f" may do: add it and run verify on the model, as {GUIDE} shows"
+        f"{known}; its modules have Llama's names, so FAMILIES[{family!r}] = {row} may do:"
+        f" add it and run verify on the model, as {GUIDE} shows"
     )
 
 
 def audit(hf: nn.Module, arch: Architecture, dims: Dims) -> None:
-    """Raise unless the module tree is what the row says.
+    """Raise unless the module tree and the configuration are what the row says.
 
     Raises:
-        ModelError: a module is missing, or there is one that the row does not know.
+        ModelError: a module is missing, or there is one that the row does not know; an unknown kind of attention.
     """
+    config: Any = hf.config
+    for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ModelError(
+                f"the configuration names the attention {kind!r} in layer {layer}; only 'full_attention' and"
+                " 'sliding_attention' can be hooked here: check config.json, or use another model"
+            )
     if differences := list(_differences(hf, arch, dims.sparse)):
         raise ModelError(
             f"{type(hf).__name__} is not built as the row of {arch.family!r} says: {'; '.join(differences)};"
@@ -229,24 +237,22 @@ def audit(hf: nn.Module, arch: Architecture, dims: Dims) -> None:
 def _differences(hf: nn.Module, arch: Architecture, sparse: frozenset[int] = frozenset()) -> Iterable[str]:
     """What a Llama-shaped row with these traits would not find in a model, or not expect there."""
     tree = dict(hf.named_modules())
-    for path in (f"{arch.base}.{arch.embed}", f"{arch.base}.{arch.norm}", arch.layer(0)):
-        if path not in tree:
-            yield f"it lacks {path}"
+    if gone := [p for p in (f"{arch.base}.{arch.embed}", f"{arch.base}.{arch.norm}", arch.layer(0)) if p not in tree]:
+        yield f"it lacks {', '.join(gone)}"
     stem = arch.layer(0).removesuffix("0")
     numbers = sorted({int(m[1]) for path in tree if (m := re.fullmatch(rf"{re.escape(stem)}(\d+)", path))})
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     for number in numbers:
-        norms = {"q_norm", "k_norm"} if arch.qk_norm else set[str]()
-        mlp = {"gate"} if number in sparse else {"gate_proj", "up_proj", "down_proj"}
-        expected = {"": _INSIDE_LAYER, "self_attn": _INSIDE_ATTENTION | norms, "mlp": mlp}
-        for inside, names in expected.items():
+        mlp = {"gate", "experts"} if number in sparse else {"gate_proj", "up_proj", "down_proj"}
+        attention = _INSIDE_ATTENTION | ({"q_norm", "k_norm"} if arch.qk_norm else set())
+        for inside, names in {"": _INSIDE_LAYER, "self_attn": attention, "mlp": mlp}.items():
             module = tree.get(f"{arch.layer(number)}.{inside}".rstrip("."))
             if module is None:
                 continue
-            # A wrapped projection (PEFT) keeps its name; what lies below it is its own affair.
+            # What has no weights is nobody's site (an activation, say).
             have = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
-            where = f"layers.N{'.' if inside else ''}{inside}"
-            unknown = have - names - ({"experts"} if number in sparse else set())
-            seen |= {f"it lacks {name} in {where}" for name in names - {n for n, _ in module.named_children()}}
-            seen |= {f"it has {name} in {where}" for name in unknown}
-    yield from sorted(seen)
+            extra, lost = sorted(have - names), sorted(names - {name for name, _ in module.named_children()})
+            parts = [f"has {', '.join(extra)}"] * bool(extra) + [f"lacks {', '.join(lost)}"] * bool(lost)
+            if parts:
+                seen[f"layers.N{'.' * bool(inside)}{inside} {' and '.join(parts)}"] = None
+    yield from seen

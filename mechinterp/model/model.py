@@ -175,8 +175,9 @@ class Model:
                 raise ExamplesError(f"token id {i} is outside the vocabulary of {self.dims.vocab}; use another")
         for i in (answer for sides in tokens.answers or () for side in sides for answer in side):
             if not 0 <= i < self.dims.n_outputs:
-                what = "vocabulary" if labels is None else "labels"
-                raise ExamplesError(f"answer {i} is outside the {self.dims.n_outputs} {what}; use another")
+                what = "token id" if labels is None else "label"
+                whole = "vocabulary of" if labels is None else "labels, which are"
+                raise ExamplesError(f"{what} {i} is outside the {whole} {self.dims.n_outputs}; use another")
         return tokens
 
     def to_str_tokens(self, ids: Int[Tensor, "pos"] | Sequence[int]) -> list[str]:
