@@ -41,7 +41,7 @@ def greater_than(model: Model, n: int = 32, seed: int = 0) -> Examples:
     99; of the tens digits, 1 to 9), so the wrong answers lose what held them down. Positions:
     ``XX`` and ``YY``, the last token of the start's century and of its ending, ``tens``, the token with the
     tens digit of the ending (and ``end``, always: the century that is said again); span: ``start``, the
-    whole year.
+    whole year. A token that crosses from the century into the ending ("173" "2") is both ``XX`` and ``tens``.
 
     Raises:
         ExamplesError: the model has no tokenizer, or no year aligns with one that ends in 01.

@@ -21,9 +21,11 @@ def fill(template: str, words: Mapping[str, str]) -> tuple[str, dict[str, Span]]
     return text, where
 
 
-def size(word: str, model: Model | None) -> int:
-    """Tokens of a word or phrase after a space; without a model (or its tokenizer), words."""
+def size(phrase: str, model: Model | None) -> int:
+    """Tokens that a phrase adds to a text, after a space; without a model (or its tokenizer), its words."""
     tokenizer: Any = None if model is None else model.tokenizer
     if tokenizer is None:
-        return len(word.split())
-    return len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"])
+        return len(phrase.split())
+    # in a text, because some tokenizers put a space of their own before what stands alone
+    alone, longer = (len(tokenizer(text)["input_ids"]) for text in ("the", f"the {phrase}"))
+    return longer - alone
