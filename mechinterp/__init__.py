@@ -54,6 +54,8 @@ _NAMES = {
     "Plan": "mechinterp.engine.plan",
     "plan": "mechinterp.engine.plan",
     "run": "mechinterp.engine.runner",
+    "Accuracy": "mechinterp.analyzers.accuracy",
+    "ActivationStats": "mechinterp.analyzers.stats",
     "LogitLens": "mechinterp.analyzers.lens",
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
@@ -68,10 +70,12 @@ if TYPE_CHECKING:
     from mechinterp import sites as sites
     from mechinterp import tasks as tasks
     from mechinterp import testing as testing
+    from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
+    from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,
     )

@@ -8,6 +8,9 @@ import torch
 from mechinterp.errors import ModelError
 from mechinterp.model.architecture import FAMILIES
 from mechinterp.model.model import Model
+from mechinterp.tasks.agreement import WORDS as AGREEMENT
+from mechinterp.tasks.capitals import WORDS as CAPITALS
+from mechinterp.tasks.greater_than import WORDS as YEARS
 from mechinterp.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
 
 
@@ -87,7 +90,8 @@ def _tokenizer() -> Any:
     import transformers
 
     pattern = r" ?[A-Za-z]+|[^A-Za-z]"
-    texts = " ".join([*NAMES, *PLACES, *OBJECTS, "A B S", *(re.sub(r"[{}]", "", t) for t in TEMPLATES)])
+    tasks = [*NAMES, *PLACES, *OBJECTS, "A B S", *TEMPLATES, AGREEMENT, CAPITALS, YEARS]
+    texts = re.sub(r"[{}]", "", " ".join(tasks))
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
     pieces = dict.fromkeys(["<pad>", "<unk>", *characters, *(re.findall(pattern, texts + " " + texts))])
     words = dict.fromkeys([*pieces, *(p.strip() for p in pieces if p.strip()), *(f" {p.strip()}" for p in pieces)])

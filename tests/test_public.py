@@ -46,6 +46,8 @@ NAMES = [
     "Plan",
     "plan",
     "run",
+    "Accuracy",
+    "ActivationStats",
     "LogitLens",
     "DirectLogitAttribution",
     "HeadRoles",

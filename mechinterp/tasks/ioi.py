@@ -4,6 +4,7 @@ import random
 
 from mechinterp.core.examples import Examples
 from mechinterp.core.tokens import Span
+from mechinterp.tasks.templates import fill
 
 NAMES = [
     "Mary",
@@ -54,21 +55,11 @@ def ioi(n: int = 32, seed: int = 0) -> Examples:
         first, second = (io, subject) if i % 2 == 0 else (subject, io)
         template, place, thing = rng.choice(TEMPLATES), rng.choice(PLACES), rng.choice(OBJECTS)
         filled = template.replace("{place}", place).replace("{object}", thing)
-        text, where = _fill(filled, {"A": first, "B": second, "S": subject})
+        text, where = fill(filled, {"A": first, "B": second, "S": subject})
         clean.append(text)
-        corrupted.append(_fill(filled, {"A": first, "B": second, "S": io})[0])
+        corrupted.append(fill(filled, {"A": first, "B": second, "S": io})[0])
         answers.append((f" {io}", f" {subject}"))
         spans["IO"].append(where["A" if first == io else "B"])
         spans["S1"].append(where["A" if first == subject else "B"])
         spans["S2"].append(where["S"])
     return Examples.pairs(clean, corrupted, answers, positions=spans)
-
-
-def _fill(template: str, names: dict[str, str]) -> tuple[str, dict[str, Span]]:
-    """The text, and the characters that each name takes."""
-    text, where = template, dict[str, Span]()
-    for slot in sorted(names, key=lambda s: template.index(f"{{{s}}}")):
-        start = text.index(f"{{{slot}}}")
-        text = text.replace(f"{{{slot}}}", names[slot], 1)
-        where[slot] = (start, start + len(names[slot]))
-    return text, where
