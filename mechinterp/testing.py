@@ -1,18 +1,29 @@
-"""For tests, ours and yours: tiny random models of every family, and a count of hooks."""
+"""For tests, ours and yours: tiny random models of every family, and the laws that every analyzer must keep."""
 
 import re
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from mechinterp.errors import ModelError
+from mechinterp.core.analyzer import Analyzer, Batch, Grad, Needs, Wanted, as_reads
+from mechinterp.core.examples import Examples
+from mechinterp.core.metrics import logit_diff
+from mechinterp.core.result import Part, Result
+from mechinterp.core.trace import Read
+from mechinterp.engine.runner import run
+from mechinterp.errors import ModelError, NeedsError
 from mechinterp.model.architecture import FAMILIES
 from mechinterp.model.model import Model
+from mechinterp.sites import Sites
 from mechinterp.tasks.agreement import WORDS as AGREEMENT
 from mechinterp.tasks.capitals import WORDS as CAPITALS
 from mechinterp.tasks.greater_than import WORDS as YEARS
-from mechinterp.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES
-
+from mechinterp.tasks.ioi import NAMES, OBJECTS, PLACES, TEMPLATES, ioi
 
 _TRAITS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4},
@@ -83,6 +94,155 @@ def tiny(
 def hook_count(hf: torch.nn.Module) -> int:
     """Forward hooks on all modules; equal before and after everything that mechinterp does."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in hf.modules())
+
+
+def check_analyzer(
+    analyzer: Analyzer | Callable[[Model], Analyzer],
+    examples: Examples | None = None,
+    *,
+    models: Sequence[Model] = (),
+    ties: Collection[str] = (),
+) -> None:
+    """Check that an analyzer keeps the contract, on a tiny model of every family.
+
+    - `needs` is pure, and the passes that are made are the passes that were declared;
+    - a read that is dropped from `needs` is missed: what is not declared cannot be read, and what is
+      declared is read;
+    - the numbers depend neither on the batch size, nor on the padding side, nor (to the bit) on who
+      else runs;
+    - hooks, the attention kernel and the weights are as they were, after success and after an error;
+    - what was shared is not changed in place; the result makes a table, and is the same after saving
+      and loading.
+
+    Args:
+        analyzer: the analyzer, or a function that makes one for a model.
+        examples: what to run it on; by default seven pairs of `mechinterp.tasks.ioi`.
+        models: what to run it on instead of one tiny model a family.
+        ties: variables, or entries of an axis such as ``"rank"``, that jump when two numbers are nearly
+            equal; they are compared for who else runs, and not between batch sizes. p and q are such.
+    Raises:
+        AssertionError: naming the analyzer, the model and the law that is broken.
+    """
+    pairs = ioi(7, seed=3) if examples is None else examples
+    for model in models or [tiny(family) for family in FAMILIES]:
+        mine = analyzer if isinstance(analyzer, Analyzer) else analyzer(model)
+        case = _Case(mine, model, pairs, frozenset(ties) | {"p", "q"})
+        before = case.state()
+        whole = case.declared_passes()
+        case.dropped_reads()
+        case.batches(whole)
+        case.company(whole)
+        case.failing(before)
+        case.kept(whole)
+        case.must(case.state() == before, "it left hooks, another attention kernel, or changed weights behind")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One analyzer on one model."""
+
+    analyzer: Analyzer
+    model: Model
+    examples: Examples
+    ties: frozenset[str]
+
+    def must(self, holds: bool, law: str) -> None:
+        if not holds:
+            raise AssertionError(f"{self.analyzer.name} on {self.model.name}: {law}")
+
+    def state(self) -> tuple[Any, ...]:
+        versions = [(p._version, p.requires_grad) for p in self.model.hf.parameters()]
+        return hook_count(self.model.hf), self.model.kernel, versions, self.model.fingerprint
+
+    def run(self, *analyzers: Analyzer, **options: Any) -> Result:
+        return run(self.model, self.examples, analyzers, **options)[0]
+
+    def declared_passes(self) -> Result:
+        calls: list[int] = []
+        base = self.model.hf.get_submodule(self.model.arch.base)
+        handle = base.register_forward_pre_hook(lambda *_: calls.append(1))
+        try:
+            first, second = self.analyzer.needs(self.model), self.analyzer.needs(self.model)
+            self.must(not calls, "needs() ran the model; it must only declare")
+            self.must(first == second, "needs() gave something else the second time; it must be pure")
+            result = self.run(self.analyzer)
+        finally:
+            handle.remove()
+        passes = result.meta["passes"]
+        known = sum(passes.get(name, 0) for name in ("forward", "backward", "sweep_rows"))
+        self.must(len(calls) == known, f"it made {len(calls)} passes and declared {known}; declare all in needs()")
+        self.must(len(result.table()) > 0, "its result has an empty table")
+        again = self.run(self.analyzer)
+        self.must(again.data.identical(result.data), "a second run gave other numbers; take seeds from context.seed")
+        return result
+
+    def dropped_reads(self) -> None:
+        need = self.analyzer.needs(self.model)
+        reads = as_reads(need.reads, self.model.dims.n_layers)
+        for kind, of in dict.fromkeys((read.site.kind, read.of) for read in reads):
+            kept = tuple(r for r in reads if (r.site.kind, r.of) != (kind, of))
+            less = Needs(kept or _ANYTHING, need.grads, need.sweeps, need.on)
+            try:
+                self.run(_variant(self.analyzer, needs=lambda _, model, less=less: less))
+            except NeedsError:
+                continue
+            self.must(False, f"it declares {kind} of the {of} run and does without it; declare what is read, no more")
+
+    def batches(self, whole: Result) -> None:
+        for size, side in ((1, "right"), (3, "left"), (len(self.examples), "left")):
+            other = self.run(self.analyzer, batch_size=size, padding_side=side)
+            self.must(set(other.data.data_vars) == set(whole.data.data_vars), f"batches of {size} give other variables")
+            for name, values in whole.data.data_vars.items():
+                if name in self.ties:
+                    continue
+                keep = {d: [x not in self.ties for x in values[d].values.tolist()] for d in values.dims}
+                a, b = values.isel(keep).values, other.data[name].isel(keep).values
+                same = np.isclose(b, a, 1e-3, 2e-4, equal_nan=True) if a.dtype.kind == "f" else a == b
+                self.must(
+                    a.shape == b.shape and bool(np.all(same)),
+                    f"{name} depends on the batch: {int(np.sum(~np.asarray(same)))} of {a.size} numbers differ with"
+                    f" batches of {size}, padded on the {side}; use batch.examples.mask, and names for positions",
+                )
+
+    def company(self, whole: Result) -> None:
+        shared = self.run(self.analyzer, _Company())
+        self.must(shared.data.identical(whole.data), "another analyzer beside it changes its numbers")
+
+    def failing(self, before: tuple[Any, ...]) -> None:
+        def fail(*_: Any) -> Any:
+            raise ZeroDivisionError("on purpose")
+
+        for method in ("observe", "combine"):
+            try:
+                self.run(_variant(self.analyzer, **{method: fail}))
+            except ZeroDivisionError:
+                self.must(self.state() == before, f"an error in {method}() left hooks or changed weights behind")
+
+    def kept(self, whole: Result) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = Result.load(whole.save(Path(folder) / "result"))
+        self.must(loaded.data.identical(whole.data), "its result is another one after saving and loading")
+
+
+_ANYTHING = Sites("resid_pre", (0,))
+
+
+@dataclass(frozen=True)
+class _Company(Analyzer):
+    """Reads, differentiates and reduces whatever it can, beside the analyzer that is checked."""
+
+    def needs(self, model: Model) -> Needs:
+        wanted: Wanted = [Read(site) for site in model.sites]
+        return Needs(wanted, {"all": Grad(("attn_in", "pattern"), logit_diff())})
+
+    def observe(self, batch: Batch) -> Part:
+        return Part(batch.clean["resid_post.0"].norm(dim=-1), "example position")
+
+
+def _variant(analyzer: Analyzer, **methods: Any) -> Analyzer:
+    """The same analyzer, with the same options, with some methods replaced."""
+    kind = type(analyzer.name, (type(analyzer),), methods)
+    return kind(**{f.name: getattr(analyzer, f.name) for f in fields(analyzer) if f.init})
 
 
 def _tokenizer() -> Any:

@@ -12,7 +12,6 @@ from mechinterp.errors import NeedsError, SiteError
 from mechinterp.sites import Site
 
 
-
 def examples(ids: list[list[int]]) -> mi.Examples:
     return mi.Examples.of([ids[0], ids[1][:6], ids[2]], answers=[(5, 9), (6, 7), ([8, 9], 3)])
 

@@ -10,7 +10,7 @@ import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.trace import Read, Reduce
 from mechinterp.errors import ExamplesError, HookError, NeedsError, SiteError
-from mechinterp.sites import KINDS, Site, resolve
+from mechinterp.sites import Site, resolve
 from mechinterp.testing import hook_count
 
 

@@ -6,7 +6,7 @@ import torch
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.interventions import Intervention
-from mechinterp.errors import ExamplesError, HookError, SiteError
+from mechinterp.errors import ExamplesError, HookError
 from mechinterp.sites import Site
 from tests.test_forward import padded
 

@@ -145,7 +145,10 @@ def test_a_family_without_a_row(folder: Path, tmp_path: Path) -> None:
     hf = transformers.AutoModelForCausalLM.from_config(
         transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10, bos_token_id=0, eos_token_id=0)
     )
-    with pytest.raises(ModelError, match=r"'gpt2' are not in the architecture table.* not built like Llama: it lacks model.embed_tokens"):
+    with pytest.raises(
+        ModelError,
+        match=r"'gpt2' are not in the architecture table.* not built like Llama: it lacks model.embed_tokens",
+    ):
         mi.Model.wrap(hf)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))

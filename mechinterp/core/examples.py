@@ -163,9 +163,7 @@ class Examples:
         """A CSV file with a header line, with the columns of `from_dataset`."""
         return cls.from_dataset(csv.DictReader(io.StringIO(_read(path), newline="")))
 
-    def tokenize(
-        self, tokenizer: Any, context: int | None = None, labels: Mapping[str, int] | None = None
-    ) -> "Tokens":
+    def tokenize(self, tokenizer: Any, context: int | None = None, labels: Mapping[str, int] | None = None) -> "Tokens":
         """Token ids for every example.
 
         Args:

@@ -135,7 +135,9 @@ def verify(model: Model, *, quick: bool = False, told: Callable[[Check], None] |
                     told(done)
                 started = time.perf_counter()
         changed = [name for name, was, now in zip(_STATE, before, _state(model), strict=True) if was != now]
-        last = Check("hooks, attention kernel and weights are as they were", len(changed), "changed", 0, ", ".join(changed))
+        last = Check(
+            "hooks, attention kernel and weights are as they were", len(changed), "changed", 0, ", ".join(changed)
+        )
         checks.append(last)
         if told is not None:
             told(last)
@@ -261,7 +263,13 @@ def _edits(model: Model) -> Iterator[Check]:
         base, other = (forward(model, batch, [end], writes=writes).values[end] for writes in (same, moved))
         still = (base == other).all(-1).tolist()
         silent += [str(site) for site, unmoved in zip(some, still, strict=True) if unmoved]
-    yield Check("an edit at any site changes the logits", len(silent), "silent", 0, ", ".join(silent[:3]) or f"{len(sites)} sites")
+    yield Check(
+        "an edit at any site changes the logits",
+        len(silent),
+        "silent",
+        0,
+        ", ".join(silent[:3]) or f"{len(sites)} sites",
+    )
 
 
 def _perturb(site: Site, row: int) -> Callable[[Tensor], Tensor]:
@@ -301,7 +309,9 @@ def _padding(model: Model) -> Iterator[Check]:
             for read, value in forward(model, padded, reads).values.items():
                 if (off := _off(value, alone[read])) > worst:
                     worst, where = off, f"{read.site} with {pads}"
-        yield Check(f"up to 16 tokens of {side} padding change nothing", worst, "relative", TOLERANCES[model.dtype], where)
+        yield Check(
+            f"up to 16 tokens of {side} padding change nothing", worst, "relative", TOLERANCES[model.dtype], where
+        )
 
 
 def _batches(model: Model) -> Iterator[Check]:
@@ -318,7 +328,9 @@ def _batches(model: Model) -> Iterator[Check]:
                 for row in range(size):
                     if (off := _off(value[row], alone[start + row][read][0])) > worst:
                         worst, where = off, f"{read.site} in a batch of {size}"
-    yield Check("batches of 2, 4 and 8 give what one prompt alone gives", worst, "relative", TOLERANCES[model.dtype], where)
+    yield Check(
+        "batches of 2, 4 and 8 give what one prompt alone gives", worst, "relative", TOLERANCES[model.dtype], where
+    )
 
 
 def _decoding(model: Model) -> Iterator[Check]:
@@ -331,7 +343,9 @@ def _decoding(model: Model) -> Iterator[Check]:
     whole = forward(model, _one(model, [*ids, *made.tokens[:-1]]), reads).values
     gaps = {str(r.site): _off(made.trace[r], whole[r]) for r in reads}
     worst = max(gaps, key=lambda name: gaps[name])
-    yield Check("decoding with a cache gives what one full pass gives", gaps[worst], "relative", TOLERANCES[model.dtype], worst)
+    yield Check(
+        "decoding with a cache gives what one full pass gives", gaps[worst], "relative", TOLERANCES[model.dtype], worst
+    )
 
 
 def _flips(model: Model) -> Iterator[Check]:

@@ -76,9 +76,7 @@ def load_hf(
         config: Any = transformers.AutoConfig.from_pretrained(path, **options)
         classifies = _classifies(name, config) or (part is not None and part.classifies)
         more: dict[str, Any] = {} if part is None or part.n_labels is None else {"num_labels": part.n_labels}
-        auto: Any = (
-            transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
-        )
+        auto: Any = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
         hf, info = auto.from_pretrained(
             path,
             dtype=precision or "auto",

@@ -24,9 +24,7 @@ def select(value: Tensor, site: Site, where: Where | None) -> Tensor:
         out = out[rows if where.columns.ndim == 1 else rows[:, None], where.columns]
     if site.heads is not None:
         out = (
-            out[:, index(site.heads)]
-            if where is not None and where.columns.ndim == 1
-            else out[:, :, index(site.heads)]
+            out[:, index(site.heads)] if where is not None and where.columns.ndim == 1 else out[:, :, index(site.heads)]
         )
     if where is not None and where.valid is not None:
         valid = where.valid.reshape(*where.valid.shape, *[1] * (out.ndim - where.valid.ndim))

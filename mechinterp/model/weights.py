@@ -1,4 +1,5 @@
 """Weights of projections."""
+
 from typing import Any
 
 from torch import Tensor

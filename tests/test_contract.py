@@ -1,0 +1,128 @@
+"""Every analyzer of the table keeps the contract on every family; and `check_analyzer` sees who does not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp import sites
+from mechinterp.testing import check_analyzer
+
+ANALYZERS: list[tuple[mi.Analyzer, tuple[str, ...]]] = [
+    (mi.LogitLens(), ("rank",)),
+    (mi.LogitLens(positions=None), ("rank", "top_id", "top_token")),
+    (mi.DirectLogitAttribution(), ()),
+    (mi.HeadRoles(sequences=4, length=8), ()),
+    (mi.ActivationPatching("resid_pre", positions=("S2", "end")), ()),
+    (mi.ActivationPatching("z", heads="each", positions="end", direction="noise"), ()),
+    (mi.Accuracy(), ("rank",)),
+    (mi.ActivationStats(), ()),
+]
+
+
+@pytest.mark.parametrize(("analyzer", "ties"), ANALYZERS, ids=lambda value: getattr(value, "name", ""))
+def test_the_whole_table(model: mi.Model, analyzer: mi.Analyzer, ties: tuple[str, ...]) -> None:
+    check_analyzer(analyzer, models=[model], ties=ties)
+
+
+def test_the_whole_table_is_checked() -> None:
+    checked = {analyzer.name for analyzer, _ in ANALYZERS}
+    public = {name for name in mi.__all__ if isinstance(getattr(mi, name), type)}
+    every = {n for n in public if issubclass(getattr(mi, n), mi.Analyzer)} - {"Analyzer"}
+    assert checked == every
+
+
+@dataclass(frozen=True)
+class Norms(mi.Analyzer):
+    """A good one, to be spoiled below."""
+
+    def needs(self, model: mi.Model) -> mi.Needs:
+        return mi.Needs(reads=sites.resid_post(positions="end"))
+
+    def observe(self, batch: mi.Batch) -> mi.Part:
+        return mi.Part(batch.clean.stack("resid_post").norm(dim=-1), "layer example")
+
+
+class Impure(Norms):
+    def needs(self, model: mi.Model) -> mi.Needs:
+        return mi.Needs(reads=sites.resid_post(positions="end"), on={"own": mi.Own(own(), "embed")})
+
+
+def own(count: list[int] = []) -> mi.Examples:  # noqa: B006 -- on purpose
+    count.append(3)
+    return mi.Examples.of([count[-5:]])
+
+
+class Secret(Norms):
+    def observe(self, batch: mi.Batch) -> mi.Part:
+        batch.model.hf(batch.examples.ids)
+        return super().observe(batch)
+
+
+class Wasteful(Norms):
+    def needs(self, model: mi.Model) -> mi.Needs:
+        return mi.Needs(reads=[sites.resid_post(positions="end"), sites.mlp_out(0)])
+
+
+class LastColumn(Norms):
+    def needs(self, model: mi.Model) -> mi.Needs:
+        return mi.Needs(reads=sites.resid_post())
+
+    def observe(self, batch: mi.Batch) -> mi.Part:
+        return mi.Part(batch.clean.stack("resid_post")[:, :, -1].norm(dim=-1), "layer example")
+
+
+class BatchMean(Norms):
+    def observe(self, batch: mi.Batch) -> mi.Part:
+        norms = batch.clean.stack("resid_post").norm(dim=-1)
+        return mi.Part(norms - norms.mean(1, keepdim=True), "layer example")
+
+
+class Restless(Norms):
+    def observe(self, batch: mi.Batch) -> mi.Part:
+        return mi.Part(torch.rand(3, len(batch.examples)), "layer example")
+
+
+class Heavy(Norms):
+    def observe(self, batch: mi.Batch) -> mi.Part:
+        with torch.no_grad():
+            batch.model.W_E.mul_(1.0)
+        return super().observe(batch)
+
+
+class Leaky(Norms):
+    def combine(self, parts: Iterator[mi.Part], context: mi.Context) -> mi.Result:
+        context.model.hf.register_forward_hook(lambda *_: None)
+        return mi.Result.of(parts)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "law"),
+    [
+        (Impure, "must be pure"),
+        (Secret, "passes and declared"),
+        (Wasteful, "declares mlp_out of the clean run and does without it"),
+        (LastColumn, "depends on the batch"),
+        (BatchMean, "depends on the batch"),
+        (Restless, "a second run gave other numbers"),
+        (Heavy, "changed weights"),
+        (Leaky, "left hooks"),
+    ],
+)
+def test_what_is_caught(spoiled: type[Norms], law: str) -> None:
+    check_analyzer(Norms(), models=[mi.testing.tiny("llama")])
+    with pytest.raises(AssertionError, match=law):
+        check_analyzer(spoiled(), models=[mi.testing.tiny("llama")])
+
+
+def test_it_makes_an_analyzer_for_each_family() -> None:
+    seen: list[str] = []
+
+    def make(model: mi.Model) -> mi.Analyzer:
+        seen.append(model.arch.family)
+        return Norms()
+
+    check_analyzer(make, mi.tasks.ioi(3))
+    assert seen == ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"]
