@@ -19,6 +19,7 @@ from mechinterp.core.trace import Read
 from mechinterp.errors import HookError, SiteError
 from mechinterp.model.architecture import Architecture, Dims
 from mechinterp.model.attention import PREFIX, LayerWork, Side, register
+from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
 
 PATTERN_KINDS = ("scores", "pattern")
@@ -307,13 +308,13 @@ class Attached:
         """head_out is z through its slice of W_O; a write there is a change of the sum."""
         assert site.layer is not None
         layer, path = site.layer, self._kept(self.arch.place(site).path, ins)
-        projection: Any = self.hf.get_submodule(path)
+        projection = self.hf.get_submodule(path)
 
         def through(state: Pass, total: Tensor) -> Tensor:
             old = state.head_out.get(layer)
             if old is None:
                 z = state.kept[path].unflatten(-1, (self.dims.n_heads, -1))
-                weight = projection.weight.view(self.dims.d_model, self.dims.n_heads, -1)
+                weight = linear_weight(projection).view(self.dims.d_model, self.dims.n_heads, -1)
                 old = torch.einsum("bphe,dhe->bphd", z, weight)
             new = act(state, old)
             if new is old:  # not kept: it is as large as a residual stream for every head

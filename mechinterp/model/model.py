@@ -13,10 +13,12 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Trace
-from mechinterp.errors import ExamplesError, ModelError
+from mechinterp.errors import ExamplesError, ModelError, SiteError
 from mechinterp.model.architecture import Architecture, Dims, architecture
+from mechinterp.model.factored import FactoredMatrix
 from mechinterp.model.hooks import Attached
 from mechinterp.model.load import load_hf
+from mechinterp.model.weights import by_head, linear_bias, linear_weight
 from mechinterp.shapes import Logits, Resid
 
 if TYPE_CHECKING:
@@ -143,29 +145,83 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self.W_E.dtype
 
+    # Weights by head, with TransformerLens's axes: row vectors are multiplied from the left. They are
+    # what acts in a pass, LoRA included, and views of the parameters wherever that can be: never
+    # change one in place. Only W_U differs, one row a token, as it is stored and used: W_U[token] is
+    # the direction that a token's logit reads; write W_U.T where TransformerLens has W_U.
+
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """Token embedding."""
-        return self._module(f"{self.arch.base}.{self.arch.embed}").weight
+        return linear_weight(self._module(f"{self.arch.base}.{self.arch.embed}"))
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:
-        """Unembedding, one row a token."""
-        return self._module(self.arch.unembed).weight
-
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output projection of each head in one layer."""
-        weight: Tensor = self._module(f"{self.arch.layer(layer)}.self_attn.o_proj").weight
-        return weight.T.unflatten(0, (self.dims.n_heads, self.dims.d_head))
-
-    def b_O(self, layer: int) -> Float[Tensor, "d_model"] | None:
-        """Bias of the output projection, which belongs to no head; None in most families."""
-        return self._module(f"{self.arch.layer(layer)}.self_attn.o_proj").bias
+        """Unembedding, one row a token (TransformerLens's W_U is this transposed)."""
+        return linear_weight(self._module(self.arch.unembed))
 
     @property
     def b_U(self) -> Float[Tensor, "vocab"] | None:
         """Bias of the unembedding; None in most models."""
-        return self._module(self.arch.unembed).bias
+        return linear_bias(self._module(self.arch.unembed))
+
+    def W_Q(self, layer: int) -> Float[Tensor, "head d_model d_head"]:
+        """Query projection of each head: ``q = attn_in @ W_Q[head] + b_Q[head]``, before q-norm and rotary."""
+        return by_head(linear_weight(self._projection(layer, "q")), self.dims.n_heads)
+
+    def W_K(self, layer: int, *, per_query_head: bool = False) -> Float[Tensor, "heads d_model d_head"]:
+        """Key projection of each key/value head, or repeated (a copy) for each query head of its group."""
+        return self._read_by_kv(layer, "k", per_query_head)
+
+    def W_V(self, layer: int, *, per_query_head: bool = False) -> Float[Tensor, "heads d_model d_head"]:
+        """Value projection of each key/value head, or repeated (a copy) for each query head of its group."""
+        return self._read_by_kv(layer, "v", per_query_head)
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output projection of each head in one layer: ``head_out = z @ W_O[head]``."""
+        return linear_weight(self._projection(layer, "o")).T.unflatten(0, (self.dims.n_heads, self.dims.d_head))
+
+    def b_Q(self, layer: int) -> Float[Tensor, "head d_head"] | None:
+        """Bias of the queries; None in families without (Qwen2 has one)."""
+        return self._bias_by_head(layer, "q", self.dims.n_heads)
+
+    def b_K(self, layer: int) -> Float[Tensor, "kv_head d_head"] | None:
+        """Bias of the keys; None in families without."""
+        return self._bias_by_head(layer, "k", self.dims.n_kv_heads)
+
+    def b_V(self, layer: int) -> Float[Tensor, "kv_head d_head"] | None:
+        """Bias of the values; None in families without."""
+        return self._bias_by_head(layer, "v", self.dims.n_kv_heads)
+
+    def b_O(self, layer: int) -> Float[Tensor, "d_model"] | None:
+        """Bias of the output projection, which belongs to no head; None in most families."""
+        return linear_bias(self._projection(layer, "o"))
+
+    def OV(self, layer: int) -> FactoredMatrix:
+        """W_V W_O of each query head, ``head d_model d_model``: what a head writes, of what it attends to.
+
+        Biases and norms are not in it. ``model.W_E @ model.OV(layer) @ model.W_U.T`` is each head's circuit
+        from token to logit, vocab × vocab and never built; its ``eigenvalues`` cost d_head × d_head.
+        """
+        return FactoredMatrix(self.W_V(layer, per_query_head=True), self.W_O(layer))
+
+    def QK(self, layer: int, *, ignore_norm: bool = False) -> FactoredMatrix:
+        """W_Q W_Kᵀ of each query head, ``head d_model d_model``: ``attn_in_q @ QK @ attn_in_kᵀ``.
+
+        Biases, rotary and the scale 1/√d_head are not in it, so it is the score, up to scale, of a query and
+        a key at the same position of a model without biases.
+
+        Args:
+            ignore_norm: leave out q/k-norm too, where the family has it (Qwen3).
+        Raises:
+            ModelError: the family norms q and k, so that scores are not bilinear.
+        """
+        if self.arch.qk_norm and not ignore_norm:
+            raise ModelError(
+                f"{self.arch.family} norms q and k before their product, so no matrix gives layer {layer}'s scores;"
+                " read scores or pattern from a trace, or pass ignore_norm=True for W_Q W_Kᵀ without the norm"
+            )
+        return FactoredMatrix(self.W_Q(layer), self.W_K(layer, per_query_head=True).mT)
 
     def norm(self, resid: Resid) -> Resid:
         """The final norm, by the model's own module."""
@@ -180,10 +236,10 @@ class Model:
 
     def unembed(self, resid: Resid, rows: Int[Tensor, "rows"] | None = None) -> Logits:
         """Logits of a normed residual; of all the vocabulary (the model's own module), or of some rows."""
-        head = self._module(self.arch.unembed)
         if rows is None:
-            return head.forward(resid)
-        return torch.nn.functional.linear(resid, head.weight[rows], None if head.bias is None else head.bias[rows])
+            return self._module(self.arch.unembed).forward(resid)
+        bias = self.b_U
+        return torch.nn.functional.linear(resid, self.W_U[rows], None if bias is None else bias[rows])
 
     @property
     def fingerprint(self) -> str:
@@ -202,6 +258,19 @@ class Model:
 
     def _module(self, path: str) -> Any:
         return self.hf.get_submodule(path)
+
+    def _projection(self, layer: int, name: str) -> Any:
+        if not 0 <= layer < self.dims.n_layers:
+            raise SiteError(f"there is no layer {layer}: the model has layers 0 to {self.dims.n_layers - 1}")
+        return self._module(f"{self.arch.layer(layer)}.self_attn.{name}_proj")
+
+    def _read_by_kv(self, layer: int, name: str, per_query_head: bool) -> Float[Tensor, "heads d_model d_head"]:
+        repeat = self.dims.n_heads // self.dims.n_kv_heads if per_query_head else 1
+        return by_head(linear_weight(self._projection(layer, name)), self.dims.n_kv_heads, repeat)
+
+    def _bias_by_head(self, layer: int, name: str, heads: int) -> Float[Tensor, "heads d_head"] | None:
+        bias = linear_bias(self._projection(layer, name))
+        return None if bias is None else bias.unflatten(0, (heads, -1))
 
     def __repr__(self) -> str:
         d = self.dims
