@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -128,6 +129,29 @@ class Trace:
     @property
     def reads(self) -> tuple[Read, ...]:
         return tuple(self._tensors)
+
+    def save(self, path: str | Path) -> Path:
+        """Write tensors as safetensors, in their own dtypes, and the rest as JSON into the folder `path`.
+
+        Whole or not at all; an earlier trace there is replaced.
+
+        Raises:
+            OutputError: a read was reduced by a function, or the folder cannot be written.
+        """
+        from mechinterp.report.files import save_trace
+
+        return save_trace(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trace":
+        """Read back what `save` wrote, onto the CPU.
+
+        Raises:
+            OutputError: there is no trace at `path`, or its files are damaged.
+        """
+        from mechinterp.report.files import load_trace
+
+        return load_trace(path)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(dict.fromkeys(r.site for r in self._tensors))
