@@ -145,7 +145,8 @@ def load_trace(path: str | Path) -> Trace:
     with readable(path, TRACE, _TRACE_FORMAT, "trace") as (folder, content):
         tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
         found = {Read(Site(**decode(r["site"])), r["of"]): tensors.pop(r["tensor"]) for r in content["reads"]}
-        return Trace(found, TokenBatch(**decode(content["batch"]), **tensors))
+        batch: dict[str, Any] = {**decode(content["batch"]), **tensors}
+        return Trace(found, TokenBatch(**batch))
 
 
 @contextlib.contextmanager
