@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from mechinterp.core.display import ROWS, count, html_table
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import NeedsError
 from mechinterp.shapes import PatternBlock
@@ -163,5 +164,32 @@ class Trace:
         return any(key in (read, read.site, str(read.site)) for read in self._tensors)
 
     def __repr__(self) -> str:
-        rows = [f"  {r.site}: {' '.join(r.site.axes)} {tuple(t.shape)}" for r, t in self._tensors.items()]
-        return "\n".join([f"Trace of {len(self.batch)} examples", *rows])
+        rows = [f"  {r.site}: {' '.join(_axes(r, t))} {tuple(t.shape)}" for r, t in self._tensors.items()]
+        return "\n".join([self._title(), *rows])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                str(read.site),
+                read.of,
+                " ".join(_axes(read, tensor)),
+                " × ".join(map(str, tensor.shape)),
+                str(tensor.dtype).removeprefix("torch."),
+                f"{tensor.nbytes / 1e6:,.1f} MB" if tensor.nbytes >= 1e5 else f"{tensor.nbytes / 1e3:.1f} kB",
+            )
+            for read, tensor in list(self._tensors.items())[:ROWS]
+        ]
+        head = ("site", "run", "axes", "shape", "dtype", "size")
+        return html_table(head, rows, self._title(), max(0, len(self._tensors) - ROWS))
+
+    def _title(self) -> str:
+        return f"Trace of {count(len(self.batch), 'example')}"
+
+
+def _axes(read: Read, tensor: Tensor) -> list[str]:
+    """Axes of what was read: a single head or position has dropped its own."""
+    if read.reduce is not None:
+        return read.reduce.axes.split()
+    one_head = isinstance(read.site.heads, int)
+    axes = [a for a in read.site.axes if not (one_head and a in ("head", "kv_head"))]
+    return axes if len(axes) == tensor.ndim else [a for a in axes if a not in ("pos", "query")]

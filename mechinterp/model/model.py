@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.core.analyzer import Wanted
+from mechinterp.core.display import html_table
 from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import Tokens
@@ -271,6 +273,12 @@ class Model:
     def _bias_by_head(self, layer: int, name: str, heads: int) -> Float[Tensor, "heads d_head"] | None:
         bias = linear_bias(self._projection(layer, name))
         return None if bias is None else bias.unflatten(0, (heads, -1))
+
+    def _repr_html_(self) -> str:
+        more = {"parameters": sum(p.numel() for p in self.hf.parameters()), "attention kernel": self.kernel}
+        more |= {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        rows = list(({"family": self.arch.family} | asdict(self.dims) | more).items())
+        return html_table(("", "value"), rows, f"Model {self.name}")
 
     def __repr__(self) -> str:
         d = self.dims
