@@ -141,11 +141,11 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.W_E.device
+        return self._module(f"{self.arch.base}.{self.arch.embed}").weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.W_E.dtype
+        return self._module(f"{self.arch.base}.{self.arch.embed}").weight.dtype
 
     # Weights by head, with TransformerLens's axes: row vectors are multiplied from the left. They are
     # what acts in a pass, LoRA included, and views of the parameters wherever that can be: never
