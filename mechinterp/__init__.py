@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "Model": "mechinterp.model.model",
+    "FactoredMatrix": "mechinterp.model.factored",
     "Site": "mechinterp.sites",
     "Sites": "mechinterp.sites",
     "Examples": "mechinterp.core.examples",
@@ -160,6 +161,7 @@ if TYPE_CHECKING:
     from mechinterp.engine.plan import Plan as Plan
     from mechinterp.engine.plan import plan as plan
     from mechinterp.engine.runner import run as run
+    from mechinterp.model.factored import FactoredMatrix as FactoredMatrix
     from mechinterp.model.model import Model as Model
     from mechinterp.sites import Site as Site
     from mechinterp.sites import Sites as Sites

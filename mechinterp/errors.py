@@ -1,7 +1,7 @@
 """Every error that mechinterp raises on purpose.
 
     MechinterpError
-    ├── ModelError          a model, checkpoint or tokenizer that cannot be used
+    ├── ModelError          a model, checkpoint, tokenizer or weight that cannot be used
     ├── SiteError           a site that does not exist, or not in this model
     ├── ExamplesError       prompts, answers or spans that cannot be run
     │   └── AlignmentError  clean and corrupted prompts that do not line up
@@ -18,7 +18,7 @@ class MechinterpError(Exception):
 
 
 class ModelError(MechinterpError):
-    """A model, checkpoint or tokenizer that cannot be used."""
+    """A model, checkpoint, tokenizer or weight that cannot be used."""
 
 
 class SiteError(MechinterpError, LookupError):

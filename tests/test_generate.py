@@ -46,7 +46,7 @@ def test_a_position_counts_from_the_start_of_the_prompt(model: mi.Model, ids: li
 
 def test_what_cannot_be_done_while_generating(model: mi.Model, ids: list[list[int]]) -> None:
     before = hook_count(model.hf)
-    with pytest.raises(SiteError, match="k_rot.0 cannot be written while generating"):
+    with pytest.raises(SiteError, match=r"k_rot.0 cannot be written while generating"):
         model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero("k_rot.0")])
     with pytest.raises(SiteError, match=r"v.0 cannot be written while generating"):
         model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero(sites.v(0, per_query_head=True))])

@@ -8,6 +8,7 @@ from mechinterp import errors
 
 NAMES = [
     "Model",
+    "FactoredMatrix",
     "Site",
     "Sites",
     "Examples",

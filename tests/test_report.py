@@ -18,11 +18,12 @@ import pytest
 import xarray as xr
 
 import mechinterp as mi
+from mechinterp.core.display import visible
 from mechinterp.errors import NeedsError, OutputError
 from mechinterp.report import files, study
 from mechinterp.report.figures import matplotlib_figure, plotly_figure
 from mechinterp.report.html import page
-from mechinterp.report.panels import Bars, Heat, Lines, every, panel, visible
+from mechinterp.report.panels import Bars, Heat, Lines, every, panel
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 LAYERS, HEADS = 5, 3

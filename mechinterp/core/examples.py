@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from mechinterp.core.display import ROWS, count, html_table, visible
 from mechinterp.core.tokens import Span, Tokens
 from mechinterp.errors import AlignmentError, ExamplesError
 
@@ -215,6 +216,37 @@ class Examples:
             self.labels,
             0 if pad is None else pad,
         )
+
+    def _repr_html_(self) -> str:
+        columns: dict[str, Sequence[Any]] = {"example": range(len(self)), "text": self.texts}
+        if self.corrupted is not None:
+            columns["corrupted"] = self.corrupted
+        if self.answers is not None:
+            columns["right"] = [sides[0] for sides in self.answers]
+            if len(self.answers[0]) > 1:
+                columns["wrong"] = [sides[1] for sides in self.answers]
+        if self.labels is not None:
+            columns["label"] = self.labels
+        show = {"text": _shown_text, "corrupted": _shown_text, "right": _shown_answers, "wrong": _shown_answers}
+        rows = [
+            [show[name](column[i]) if name in show else column[i] for name, column in columns.items()]
+            for i in range(min(len(self), ROWS))
+        ]
+        names = [f"{what} {', '.join(held)}" for what, held in (("positions", self.positions), ("spans", self.spans))]
+        named = [n for n, held in zip(names, (self.positions, self.spans), strict=True) if held]
+        return html_table(
+            list(columns), rows, "; ".join([count(len(self), "example"), *named]), max(0, len(self) - ROWS)
+        )
+
+
+def _shown_text(text: Text) -> str:
+    if isinstance(text, Chat):
+        text = "\n".join(f"{role}: {content}" for role, content in text.messages)
+    return visible(text if isinstance(text, str) else " ".join(map(str, text)), 200, spaces=False)
+
+
+def _shown_answers(answers: AnswerSet) -> str:
+    return ", ".join(visible(str(a)) for a in answers)
 
 
 def _text(text: Any) -> Text:

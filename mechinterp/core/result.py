@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 import xarray as xr
 
+from mechinterp.core.display import ROWS, html_table, visible
 from mechinterp.errors import NeedsError, OutputError
 
 if TYPE_CHECKING:
@@ -182,12 +183,29 @@ class Result:
         return replace(self, meta={**self.meta, **meta})
 
     def __repr__(self) -> str:
+        return "\n".join([self._title(), *(f"  {n}: {_sizes(v)}" for n, v in self.data.data_vars.items())])
+
+    def _title(self) -> str:
         unit = f" in {self.data.attrs['unit']}" if self.data.attrs.get("unit") else ""
-        kinds = [f"  {n}: {' × '.join(f'{d} {s}' for d, s in v.sizes.items())}" for n, v in self.data.data_vars.items()]
-        return "\n".join([f"Result of {self.meta.get('analyzer', 'an analyzer')}{unit}", *kinds])
+        return f"Result of {self.meta.get('analyzer', 'an analyzer')}{unit}"
 
     def _repr_html_(self) -> str:
-        return str(self.table().head(20).to_html(index=False))
+        if not self.data.data_vars:
+            return html_table((), (), f"{self._title()}: no variables")
+        frame = self.table()
+        shown = [
+            [visible(cell, 60) if isinstance(cell, str) else cell for cell in row]
+            for row in frame.head(ROWS).itertuples(index=False, name=None)
+        ]
+        dims = self.data[str(next(iter(self.data.data_vars)))].dims
+        other = [f"{n} ({_sizes(v)})" for n, v in self.data.data_vars.items() if v.dims != dims]
+        caption = f"{self._title()}, {_sizes(self.data[list(frame.columns)[-1]])}"
+        caption += f"; not in this table: {', '.join(other)}" if other else ""
+        return html_table([str(c) for c in frame.columns], shown, caption, max(0, len(frame) - ROWS))
+
+
+def _sizes(variable: Any) -> str:
+    return " × ".join(f"{dim} {size}" for dim, size in variable.sizes.items()) or "one number"
 
 
 def _array(value: Any) -> npt.NDArray[Any]:

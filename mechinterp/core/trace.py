@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mechinterp.core.display import ROWS, count, html_table
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import NeedsError
 from mechinterp.shapes import PatternBlock
@@ -129,6 +131,29 @@ class Trace:
     def reads(self) -> tuple[Read, ...]:
         return tuple(self._tensors)
 
+    def save(self, path: str | Path) -> Path:
+        """Write tensors as safetensors, in their own dtypes, and the rest as JSON into the folder `path`.
+
+        Whole or not at all; an earlier trace there is replaced.
+
+        Raises:
+            OutputError: a read was reduced by a function, or the folder cannot be written.
+        """
+        from mechinterp.report.files import save_trace
+
+        return save_trace(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trace":
+        """Read back what `save` wrote, onto the CPU.
+
+        Raises:
+            OutputError: there is no trace at `path`, or its files are damaged.
+        """
+        from mechinterp.report.files import load_trace
+
+        return load_trace(path)
+
     def __iter__(self) -> Iterator[Site]:
         return iter(dict.fromkeys(r.site for r in self._tensors))
 
@@ -139,5 +164,32 @@ class Trace:
         return any(key in (read, read.site, str(read.site)) for read in self._tensors)
 
     def __repr__(self) -> str:
-        rows = [f"  {r.site}: {' '.join(r.site.axes)} {tuple(t.shape)}" for r, t in self._tensors.items()]
-        return "\n".join([f"Trace of {len(self.batch)} examples", *rows])
+        rows = [f"  {r.site}: {' '.join(_axes(r, t))} {tuple(t.shape)}" for r, t in self._tensors.items()]
+        return "\n".join([self._title(), *rows])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                str(read.site),
+                read.of,
+                " ".join(_axes(read, tensor)),
+                " × ".join(map(str, tensor.shape)),
+                str(tensor.dtype).removeprefix("torch."),
+                f"{tensor.nbytes / 1e6:,.1f} MB" if tensor.nbytes >= 1e5 else f"{tensor.nbytes / 1e3:.1f} kB",
+            )
+            for read, tensor in list(self._tensors.items())[:ROWS]
+        ]
+        head = ("site", "run", "axes", "shape", "dtype", "size")
+        return html_table(head, rows, self._title(), max(0, len(self._tensors) - ROWS))
+
+    def _title(self) -> str:
+        return f"Trace of {count(len(self.batch), 'example')}"
+
+
+def _axes(read: Read, tensor: Tensor) -> list[str]:
+    """Axes of what was read: a single head or position has dropped its own."""
+    if read.reduce is not None:
+        return read.reduce.axes.split()
+    one_head = isinstance(read.site.heads, int)
+    axes = [a for a in read.site.axes if not (one_head and a in ("head", "kv_head"))]
+    return axes if len(axes) == tensor.ndim else [a for a in axes if a not in ("pos", "query")]

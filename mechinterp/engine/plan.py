@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from mechinterp.core.analyzer import Analyzer, Grad, Needs, Sweep, as_reads
+from mechinterp.core.display import html_table
 from mechinterp.core.examples import Examples
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import Tokens
@@ -157,27 +158,36 @@ class Plan:
         return sum(p.token_layers for p in self.passes)
 
     def __str__(self) -> str:
-        head = ("pass", "run", "examples", "batches", "layers", "reads", "rows", "token-layers", "held", "shared by")
-        lines = [
+        lines = [_HEAD, *([f"{c:,}" if isinstance(c, int) else c for c in row] for row in self._rows())]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+        rows = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*rows, self._total(), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEAD, self._rows(), "; ".join([self._total(), *self.notes]))
+
+    def _rows(self) -> list[tuple[str | int, ...]]:
+        return [
             (
                 p.what,
                 p.run,
-                f"{p.examples}",
-                f"{p.batches}",
-                f"{p.layers}",
-                f"{p.reads}",
-                f"{p.rows:,}",
-                f"{p.token_layers:,}",
+                p.examples,
+                p.batches,
+                p.layers,
+                p.reads,
+                p.rows,
+                p.token_layers,
                 f"{p.held / 1e6:.1f} MB",
                 ", ".join(p.users),
             )
             for p in self.passes
         ]
-        widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-        rows = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *lines]
-        ]
-        return "\n".join([*rows, f"total {self.token_layers:,} token-layers", *self.notes])
+
+    def _total(self) -> str:
+        return f"total {self.token_layers:,} token-layers"
+
+
+_HEAD = ("pass", "run", "examples", "batches", "layers", "reads", "rows", "token-layers", "held", "shared by")
 
 
 def plan(

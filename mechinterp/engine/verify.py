@@ -53,9 +53,9 @@ class Check:
     """
 
     name: str
-    value: float
+    value: float | int
     unit: str
-    tolerance: float | None
+    tolerance: float | int | None
     detail: str = ""
     seconds: float = 0.0
 
@@ -122,6 +122,8 @@ def verify(model: Model, *, quick: bool = False, told: Callable[[Check], None] |
     """
     checks: list[Check] = []
     with torch.no_grad():
+        if not quick:  # transformers registers hooks of its own the first time that it is asked for these
+            _base(model)(_one(model, [0]).ids, use_cache=False, output_hidden_states=True, output_attentions=True)
         before = _state(model)
         steps = [_quick] if quick else [_quick, _oracles, _edits, _padding, _batches, _decoding, _flips]
         for step in steps:
@@ -175,6 +177,10 @@ def _prompts(model: Model) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(0, model.dims.vocab, (6 + i,), generator=draw).tolist()) for i in range(8)]
 
 
+def _base(model: Model) -> Any:
+    return model.hf.get_submodule(model.arch.base)
+
+
 def _one(model: Model, ids: Sequence[int], rows: int = 1) -> TokenBatch:
     tokens = torch.tensor([list(ids)] * rows, device=model.device)
     return TokenBatch(tokens, torch.ones_like(tokens, dtype=torch.bool))
@@ -184,8 +190,7 @@ def _bare(model: Model, batch: TokenBatch) -> Tensor:
     """Logits at every position from the Hugging Face model alone."""
     if model.dims.n_labels is None:
         return model.hf(batch.ids, use_cache=False).logits
-    base: Any = model.hf.get_submodule(model.arch.base)
-    return model.hf.get_submodule(model.arch.unembed)(base(batch.ids, use_cache=False).last_hidden_state)
+    return model.hf.get_submodule(model.arch.unembed)(_base(model)(batch.ids, use_cache=False).last_hidden_state)
 
 
 def _off(found: Tensor, expected: Tensor) -> float:
@@ -233,14 +238,13 @@ def _oracles(model: Model) -> Iterator[Check]:
     batch = _one(model, _prompts(model)[1])
     resid, pattern = [[Site(kind, i) for i in range(model.dims.n_layers)] for kind in ("resid_pre", "pattern")]
     values = forward(model, batch, [Read(site) for site in [*resid, *pattern]]).values
-    base: Any = model.hf.get_submodule(model.arch.base)
-    states = base(batch.ids, use_cache=False, output_hidden_states=True).hidden_states
+    states = _base(model)(batch.ids, use_cache=False, output_hidden_states=True).hidden_states
     gaps = [float((values[Read(s)].float() - states[i].float()).abs().max()) for i, s in enumerate(resid)]
     yield Check("residual streams are transformers' hidden states, to the bit", max(gaps), "activation", 0)
     kernel = model.kernel
     try:
         model.hf.set_attn_implementation("eager")
-        eager = base(batch.ids, use_cache=False, output_attentions=True).attentions
+        eager = _base(model)(batch.ids, use_cache=False, output_attentions=True).attentions
     finally:
         model.hf.set_attn_implementation(kernel)
     worst = max(float((values[Read(s)] - eager[i]).abs().max()) for i, s in enumerate(pattern))

@@ -3,23 +3,24 @@
 import contextlib
 import hashlib
 from collections.abc import Generator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from mechinterp.core.analyzer import Wanted
+from mechinterp.core.display import html_table
 from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Trace
 from mechinterp.errors import ExamplesError, ModelError
-from mechinterp.model.architecture import Architecture, Dims, architecture, audit, lacks
+from mechinterp.model.architecture import Dims, architecture, audit, lacks
 from mechinterp.model.hooks import Attached
 from mechinterp.model.load import Loaded, load_hf
-from mechinterp.model.weights import linear_weight
+from mechinterp.model.weights import WeightsByHead
 from mechinterp.shapes import Logits, Resid
 from mechinterp.sites import KINDS, Site
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from mechinterp.engine.forward import Generation
 
 
-class Model:
+class Model(WeightsByHead):
     """A wrapped model. It never rewrites: logits are bit-equal to the bare Hugging Face model's.
 
     Attributes:
@@ -41,7 +42,7 @@ class Model:
 
     def __init__(self, hf: Any, tokenizer: Any = None, name: str = "") -> None:
         self.peft = hf if hasattr(hf, "get_base_model") else None
-        self.hf: Any = hf if self.peft is None else self.peft.get_base_model()
+        self.hf = hf if self.peft is None else self.peft.get_base_model()
         self.tokenizer = tokenizer
         row = architecture(self.hf)
         head = next((path for path in ("lm_head", "score") if hasattr(self.hf, path)), None)
@@ -50,7 +51,7 @@ class Model:
                 f"{type(self.hf).__name__} has neither lm_head nor score; wrap a causal language model"
                 " (…ForCausalLM) or a classifier (…ForSequenceClassification)"
             )
-        self.arch: Architecture = replace(row, unembed=head)
+        self.arch = replace(row, unembed=head)
         self.dims = Dims.of(self.hf.config, self.arch, classifies=head == "score")
         audit(self.hf, self.arch, self.dims)
         self.name = name or str(getattr(self.hf.config, "_name_or_path", "")) or type(self.hf).__name__
@@ -209,30 +210,6 @@ class Model:
     def dtype(self) -> torch.dtype:
         return self._module(f"{self.arch.base}.{self.arch.embed}").weight.dtype
 
-    @property
-    def W_E(self) -> Float[Tensor, "vocab d_model"]:
-        """Token embedding."""
-        return linear_weight(self._module(f"{self.arch.base}.{self.arch.embed}"))
-
-    @property
-    def W_U(self) -> Float[Tensor, "vocab d_model"]:
-        """Unembedding, one row a token (in a classifier: its head, one row a label)."""
-        return linear_weight(self._module(self.arch.unembed))
-
-    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """Output projection of each head in one layer."""
-        weight = linear_weight(self._module(f"{self.arch.layer(layer)}.self_attn.o_proj"))
-        return weight.T.unflatten(0, (self.dims.n_heads, self.dims.d_head))
-
-    def b_O(self, layer: int) -> Float[Tensor, "d_model"] | None:
-        """Bias of the output projection, which belongs to no head; None in most families."""
-        return self._module(f"{self.arch.layer(layer)}.self_attn.o_proj").bias
-
-    @property
-    def b_U(self) -> Float[Tensor, "vocab"] | None:
-        """Bias of the unembedding; None in most models."""
-        return self._module(self.arch.unembed).bias
-
     def norm(self, resid: Resid) -> Resid:
         """The final norm, by the model's own module."""
         # forward(), not a call: arithmetic on what was read must not fire the hooks of a pass
@@ -246,10 +223,10 @@ class Model:
 
     def unembed(self, resid: Resid, rows: Int[Tensor, "rows"] | None = None) -> Logits:
         """Logits of a normed residual; of all the vocabulary (the model's own module), or of some rows."""
-        head = self._module(self.arch.unembed)
         if rows is None:
-            return head.forward(resid)
-        return torch.nn.functional.linear(resid, self.W_U[rows], None if head.bias is None else head.bias[rows])
+            return self._module(self.arch.unembed).forward(resid)
+        bias = self.b_U
+        return torch.nn.functional.linear(resid, self.W_U[rows], None if bias is None else bias[rows])
 
     @property
     def fingerprint(self) -> str:
@@ -266,8 +243,13 @@ class Model:
         """transformers' name of the attention kernel."""
         return str(self.hf.config._attn_implementation)
 
-    def _module(self, path: str) -> Any:
-        return self.hf.get_submodule(path)
+    def _repr_html_(self) -> str:
+        more = {"parameters": sum(p.numel() for p in self.hf.parameters()), "attention kernel": self.kernel}
+        more |= {"dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device)}
+        dims = {name: value for name, value in asdict(self.dims).items() if value not in (None, 0, frozenset())}
+        dims["windows"] = ", ".join(sorted({str(w or "none") for w in self.dims.windows}))
+        rows = list(({"family": self.arch.family} | dims | more).items())
+        return html_table(("", "value"), rows, f"Model {self.name}")
 
     def __repr__(self) -> str:
         d = self.dims

@@ -1,4 +1,4 @@
-"""Results as files: numbers in safetensors, the rest in JSON, tables, figures. Whole or not at all."""
+"""Results and traces as files: numbers in safetensors, the rest in JSON, tables, figures. Whole or not at all."""
 
 import contextlib
 import errno
@@ -17,16 +17,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import safetensors.numpy
+import safetensors.torch
+import torch
 import xarray as xr
 from safetensors import SafetensorError
 
 from mechinterp.core.result import Result, View
-from mechinterp.errors import OutputError
+from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.trace import Read, Trace
+from mechinterp.errors import MechinterpError, OutputError
 from mechinterp.report.panels import rows
+from mechinterp.sites import Site
 
 RESULT = "result.json"
 NUMBERS = "numbers.safetensors"
+TRACE = "trace.json"
+TENSORS = "tensors.safetensors"
 _FORMAT = "mechinterp-result-1"
+_TRACE_FORMAT = "mechinterp-trace-1"
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file browsers leave in a folder that they show."""
 
@@ -80,15 +88,7 @@ def load_result(path: str | Path) -> Result:
     Raises:
         OutputError: there is no result at `path`, or its files are damaged.
     """
-    folder = Path(path).expanduser()
-    if not (folder / RESULT).is_file():
-        raise OutputError(f"{path} holds no saved result (no {RESULT}); give a folder that Result.save wrote")
-    try:
-        content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise OutputError(
-                f"{path} has format {content['format']!r}, not {_FORMAT!r}; read it with the version that wrote it"
-            )
+    with readable(path, RESULT, _FORMAT, "result") as (folder, content):
         numbers = safetensors.numpy.load((folder / NUMBERS).read_bytes())
         data: dict[str, Any] = {}
         coords: dict[str, Any] = {}
@@ -98,12 +98,80 @@ def load_result(path: str | Path) -> Result:
             (coords if entry["coordinate"] else data)[name] = (entry["dims"], values, decode(entry["attrs"]))
         dataset = xr.Dataset(data, coords, decode(content["attrs"]))
         return Result(dataset, decode(content["meta"]), tuple(View(**decode(v)) for v in content["views"]))
+
+
+def save_trace(trace: Trace, path: str | Path) -> Path:
+    """Write a trace into the folder `path`; an earlier trace there is replaced.
+
+    Raises:
+        OutputError: a read was reduced by a function, the folder holds something else or cannot be
+            written, or the batch holds labels that JSON cannot.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    reads: list[dict[str, Any]] = []
+    for i, read in enumerate(trace.reads):
+        if read.reduce is not None:
+            raise OutputError(
+                f"{read.site} was reduced to {read.reduce.axes!r} by a function, which a file cannot hold; save the"
+                " Result made of it, or trace again without this read"
+            )
+        site = read.site
+        name = f"{i} {site}"  # numbered: the short form leaves out per_query_head and which run
+        tensors[name] = trace[read]
+        entry = {"kind": site.kind, "layer": site.layer, "heads": site.heads, "positions": site.positions}
+        entry |= {"per_query_head": site.per_query_head}
+        reads.append({"tensor": name, "of": read.of, "site": encode(entry, str(site))})
+    known: dict[str, Any] = {}
+    for name, value in vars(trace.batch).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        else:
+            known[name] = encode(value, name)
+    content = {"format": _TRACE_FORMAT, "files": [TENSORS, TRACE], "reads": reads, "batch": known}
+    # A copy of each: two reads may share memory, which safetensors refuses.
+    whole = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    with whole_folder(path, TRACE) as folder:
+        (folder / TENSORS).write_bytes(safetensors.torch.save(whole))
+        (folder / TRACE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def load_trace(path: str | Path) -> Trace:
+    """Read back what `save_trace` wrote: the same reads, tensors and dtypes, on the CPU, and their batch.
+
+    Raises:
+        OutputError: there is no trace at `path`, or its files are damaged.
+    """
+    with readable(path, TRACE, _TRACE_FORMAT, "trace") as (folder, content):
+        tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
+        found = {Read(Site(**decode(r["site"])), r["of"]): tensors.pop(r["tensor"]) for r in content["reads"]}
+        batch: dict[str, Any] = {**decode(content["batch"]), **tensors}
+        return Trace(found, TokenBatch(**batch))
+
+
+@contextlib.contextmanager
+def readable(path: str | Path, name: str, form: str, what: str) -> Generator[tuple[Path, Any], None, None]:
+    """The folder `path` and what its JSON file `name` holds; errors in the block mean damaged files.
+
+    Raises:
+        OutputError: there is no such file, it is of another format, or what is in the folder is damaged.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / name).is_file():
+        raise OutputError(f"{path} holds no saved {what} (no {name}); give a folder that {what.title()}.save wrote")
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if content["format"] != form:
+            raise OutputError(
+                f"{path} has format {content['format']!r}, not {form!r}; read it with the version that wrote it"
+            )
+        yield folder, content
     except OutputError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, MechinterpError, ValueError, KeyError, TypeError, AttributeError) as error:
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise OutputError(
-            f"the result in {path} cannot be read ({said}); its files are damaged, save it again"
+            f"the {what} in {path} cannot be read ({said}); its files are damaged, save it again"
         ) from error
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
+from mechinterp.core.display import visible
 from mechinterp.core.result import Result, View
 from mechinterp.report.figures import plotly_figure
-from mechinterp.report.panels import ALPHA, rows, visible
+from mechinterp.report.panels import ALPHA, rows
 
 ROWS = 12
 """Rows of each table on the page; all of them are in the files beside it."""

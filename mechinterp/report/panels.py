@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from mechinterp.core.display import visible
 from mechinterp.core.result import Result, View
 from mechinterp.errors import OutputError
 
@@ -146,14 +147,6 @@ def rows(result: Result, view: View) -> pd.DataFrame:
         frame = frame[frame[column].isin(wanted)]
     shown = np.isfinite(frame[view.value].to_numpy(float)).any()
     return frame.reset_index(drop=True) if shown else frame.iloc[:0]
-
-
-def visible(text: str, width: int | None = None) -> str:
-    """A token with its spaces, newlines and unprintable characters shown, cut to `width` characters."""
-    shown = "".join(
-        "␣" if c == " " else c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text)
-    )
-    return shown if width is None or len(shown) <= width else shown[: width - 1] + "…"
 
 
 def every(n: int, most: int) -> list[int]:
