@@ -72,6 +72,8 @@ def load_hf(
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     if revision is not None:
         options["revision"] = revision
+    # Not passed on as None, which would overrule what the checkpoint's configuration names.
+    kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _quietly(local), _explained(name, path, local):
         config: Any = transformers.AutoConfig.from_pretrained(path, **options)
         classifies = _classifies(name, config) or (part is not None and part.classifies)
@@ -81,10 +83,10 @@ def load_hf(
             path,
             dtype=precision or "auto",
             use_safetensors=True,
-            attn_implementation=attn_implementation,
             device_map=device_map,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that ours can say which
+            **kernel,
             **more,
             **options,
         )
@@ -229,8 +231,10 @@ def _attach(hf: Any, adapter: _Adapter, name: str) -> Any:
     except Exception as error:
         lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
         raise ModelError(wrong.format((lines[-1] if lines else type(error).__name__)[:200])) from error
-    have = set(peft.get_peft_model_state_dict(wrapped))
-    if odd := sorted(have ^ set(adapter.shapes)):
+    # False: "auto" would ask the hub whether the base's vocabulary has changed.
+    have = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    whole = set(wrapped.state_dict())  # an adapter may also bring a whole embedding
+    if odd := sorted((have - set(adapter.shapes)) | (set(adapter.shapes) - have - whole)):
         where = "the model has no place for" if odd[0] in adapter.shapes else "it has nothing for"
         raise ModelError(wrong.format(f"{where} {odd[0]}{f' and {len(odd) - 1} more' if len(odd) > 1 else ''}"))
     if trained and Path(trained).name != Path(name).name:

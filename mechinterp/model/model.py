@@ -121,13 +121,15 @@ class Model(WeightsByHead):
         if self.peft is None:
             raise ModelError(f"{self.name} has no adapter to switch off; load it with adapter=")
         trained = [parameter.requires_grad for parameter in self.hf.parameters()]
-        with self.peft.disable_adapter():
-            head = self._module(self.arch.unembed)
-            if self.dims.n_labels is not None and hasattr(head, "modules_to_save"):
-                head.enable_adapters(True)
-            yield self
-        for parameter, requires in zip(self.hf.parameters(), trained, strict=True):
-            parameter.requires_grad_(requires)  # which switching on again sets
+        try:
+            with self.peft.disable_adapter():
+                head = self._module(self.arch.unembed)
+                if self.dims.n_labels is not None and hasattr(head, "modules_to_save"):
+                    head.enable_adapters(True)
+                yield self
+        finally:
+            for parameter, requires in zip(self.hf.parameters(), trained, strict=True):
+                parameter.requires_grad_(requires)  # which switching on again sets
 
     def trace(self, text: Any, reads: Wanted, *, interventions: Sequence[Intervention] = ()) -> Trace:
         """Run once and return what was read; "just look".
