@@ -121,6 +121,34 @@ class TokenBatch:
         """Positions counted from each row's first real token; never read at padding."""
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, self.offset :]
 
+    def right_padded(self) -> "TokenBatch":
+        """The same examples with their first real tokens in column 0."""
+        if not self.left_padded:
+            return self
+        order = (~self.mask).int().argsort(dim=1, stable=True)  # real tokens first, in order
+        swapped = None if self.corrupted_ids is None else self.corrupted_ids.gather(1, order)
+        return replace(self, ids=self.ids.gather(1, order), mask=self.mask.gather(1, order), corrupted_ids=swapped)
+
+    def take(self, which: Sequence[int]) -> "TokenBatch":
+        """Some of the examples, by row of this batch; right-padded ones as wide as the longest of them."""
+        some = torch.as_tensor(list(which), device=self.ids.device)
+        width = self.ids.shape[1] if self.left_padded else int(self.mask[some].sum(1).max())
+
+        def pick(column: Any) -> Any:
+            return None if column is None else tuple(column[i] for i in which)
+
+        return replace(
+            self,
+            ids=self.ids[some, :width],
+            mask=self.mask[some, :width],
+            rows=pick(self.rows) if self.rows else (),
+            corrupted_ids=None if self.corrupted_ids is None else self.corrupted_ids[some, :width],
+            answers=pick(self.answers),
+            labels=pick(self.labels),
+            positions={name: pick(column) for name, column in self.positions.items()},
+            spans={name: pick(column) for name, column in self.spans.items()},
+        )
+
     def run(self, of: str) -> "TokenBatch":
         """The batch with the ids of the ``"clean"`` or the ``"corrupted"`` run in `ids`.
 

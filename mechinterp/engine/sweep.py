@@ -18,7 +18,7 @@ from mechinterp.core.trace import Read
 from mechinterp.engine.forward import Passed, forward, score
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.model import Model
-from mechinterp.model.slices import select
+from mechinterp.model.slices import PATTERN_KINDS, real, select
 from mechinterp.sites import Position, Site, resolve
 
 
@@ -174,10 +174,13 @@ def _write(sweep: Sweep, site: Site, batch: TokenBatch, source: Mapping[Read, Te
     if sweep.write is not None:
         return sweep.write(site)
     value = source[Read(site.whole, sweep.source)]
-    if site.kind in ("scores", "pattern"):
+    if site.kind in PATTERN_KINDS:
         value = value.transpose(1, 2)
-    part = select(value, site, batch.where(site.positions, strict=False))
-    put = part.transpose(1, 2) if site.kind in ("scores", "pattern") and part.ndim == 4 else part
+    where = batch.where(site.positions, strict=False)
+    if where is None and batch.left_padded and site.kind not in PATTERN_KINDS:
+        where = real(batch)  # as the write will
+    part = select(value, site, where)
+    put = part.transpose(1, 2) if site.kind in PATTERN_KINDS and part.ndim == 4 else part
     return Apply(site, lambda old: put.to(old))
 
 

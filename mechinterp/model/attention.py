@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,6 +54,15 @@ class Pass:
 
 
 Act: TypeAlias = Callable[[Pass, Tensor], Tensor]
+
+
+@runtime_checkable
+class Flight(Protocol):
+    """A packed sweep's rows on their way; they attend in groups, to keys that they share."""
+
+    def attend(self, query: Query, key: Key, value: Key, scaling: float) -> Tensor:
+        """``1 token head d_head`` from one packed batch."""
+        ...
 
 
 class Side(ABC):
@@ -246,8 +255,10 @@ def attention(
 
     The pass travels down to here as the keyword ``mechinterp``.
     """
-    state: Pass | None = kwargs.pop("mechinterp", None)
+    state: Pass | Flight | None = kwargs.pop("mechinterp", None)
     layer: Any = module
+    if isinstance(state, Flight):
+        return state.attend(query, key, value, float(kwargs["scaling"])), None
     name = str(layer.config._attn_implementation).removeprefix(PREFIX)
     work = [] if state is None else state.attention(layer.layer_idx)
     for each in work:
@@ -323,11 +334,16 @@ def _explicit(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, work: list[LayerWork]
 ) -> tuple[Side, Tensor]:
     scores = Beside(query, key, mask, scaling).at("scores", slice(0, query.shape[2]))
+    hidden = scores < torch.finfo(scores.dtype).min / 2  # what a query cannot see stays unseen, whatever is written
     for each in work:
         scores = each.edit("scores", scores)
+    if any(each.edits["scores"] for each in work):
+        scores = scores.masked_fill(hidden, float("-inf"))
     pattern = softmax(scores, query.dtype, mask is not None)
     for each in work:
         pattern = each.edit("pattern", pattern)
+    if any(each.edits["pattern"] for each in work):
+        pattern = pattern.masked_fill(hidden, 0.0)
     batch, heads, queries, keys = pattern.shape
     grouped = pattern.reshape(batch, value.shape[1], -1, keys)
     out = (grouped @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous()

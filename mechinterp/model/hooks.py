@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mechinterp.core.interventions import Intervention
-from mechinterp.core.tokens import TokenBatch, Where
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.errors import HookError, SiteError
 from mechinterp.model.architecture import Architecture, Dims, check
 from mechinterp.model.attention import PREFIX, Act, LayerWork, Pass, register
-from mechinterp.model.slices import PATTERN_KINDS, overwrite, select
+from mechinterp.model.slices import PATTERN_KINDS, overwrite, real, select
 from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
 
@@ -173,7 +173,7 @@ class Attached:
             if new is old:
                 return None
             if hasattr(module, "num_experts"):
-                return (new, *_route(module, new))
+                return (new, *route(module, new))
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return hook
@@ -282,7 +282,7 @@ class Attached:
         def act(state: Pass, value: Tensor) -> Tensor:
             where = state.batch.where(site.positions, strict=not state.lenient)
             if where is None and state.batch.left_padded and site.kind not in PATTERN_KINDS:
-                where = _real(state.batch)  # so that a slice starts at the first real token
+                where = real(state.batch)  # so that a slice starts at the first real token
             if where is not None and where.valid is not None and not bool(where.valid.any()):
                 return value
             self._reached.add(site)
@@ -326,15 +326,7 @@ class Attached:
         return through
 
 
-def _real(batch: TokenBatch) -> Where:
-    """All real tokens of left-padded rows, from the first on."""
-    steps = torch.arange(int(batch.lengths.max()), device=batch.ids.device)
-    columns = batch.starts[:, None] + steps - batch.offset
-    valid = (steps < batch.lengths[:, None]) & (columns >= 0)
-    return Where(columns.clamp(0, batch.ids.shape[1] - 1), valid)
-
-
-def _route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+def route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and numbers of the experts that router logits choose, as transformers' own router does."""
     probs = logits.softmax(-1, dtype=torch.float32)
     top = probs.topk(gate.top_k, dim=-1)

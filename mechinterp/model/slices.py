@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.interventions import Intervention
-from mechinterp.core.tokens import Where
+from mechinterp.core.tokens import TokenBatch, Where
 from mechinterp.errors import HookError
 from mechinterp.sites import Site
 
@@ -87,3 +87,11 @@ def overwrite(value: Tensor, site: Site, where: Where | None, write: Interventio
 def index(heads: int | tuple[int, ...]) -> Any:
     """Heads as an index: one drops the axis."""
     return heads if isinstance(heads, int) else list(heads)
+
+
+def real(batch: TokenBatch) -> Where:
+    """All real tokens of left-padded rows, from the first on."""
+    steps = torch.arange(int(batch.lengths.max()), device=batch.ids.device)
+    columns = batch.starts[:, None] + steps - batch.offset
+    valid = (steps < batch.lengths[:, None]) & (columns >= 0)
+    return Where(columns.clamp(0, batch.ids.shape[1] - 1), valid)
