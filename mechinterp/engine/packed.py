@@ -117,6 +117,14 @@ def sweep_packed(
     return Swept(join("values"), first.axes, join("base"), join("source"), {}, first.coords)
 
 
+def packed_cost(model: Model, batch: TokenBatch, sweep: Sweep) -> tuple[int, int]:
+    """Rows and token-layers of a sweep, known from the tokens alone."""
+    whole = batch.right_padded()
+    cells = _Cells(model, whole, sweep, int(whole.lengths.max()))
+    rows, _ = cells.rows()
+    return len(rows), cells.token_layers(rows)
+
+
 def _applies(sweep: Sweep, model: Model) -> bool:
     """Whether any write is a user's function."""
     writes = [] if sweep.write is None else [sweep.write(resolve(sweep.sites, model.dims.n_layers)[0])]
@@ -163,55 +171,14 @@ class _Rows:
         return _Rows(*(getattr(self, name)[which] for name in _Rows.__dataclass_fields__))
 
 
-class _Sweeping:
-    """One sweep over a few right-padded examples: its unedited runs, its rows, its scores."""
+class _Cells:
+    """The cells of a sweep over right-padded examples, and the rows that they come to. Runs nothing."""
 
-    def __init__(
-        self,
-        model: Model,
-        batch: TokenBatch,
-        sweep: Sweep,
-        budget: int,
-        skip: bool,
-        tick: Callable[[str, int], None],
-        width: int,
-    ) -> None:
-        self.model, self.batch, self.sweep, self.budget, self.skip, self.tick = model, batch, sweep, budget, skip, tick
+    def __init__(self, model: Model, batch: TokenBatch, sweep: Sweep, width: int) -> None:
+        self.model, self.batch, self.sweep = model, batch, sweep
         self.grid = Grid.of(sweep, model, width)
         self.lengths: Ints = batch.lengths.cpu().numpy()
-        self.device = batch.ids.device
         self._columns: dict[Any, tuple[Ints, Bools]] = {}
-        self._passes()
-
-    def _passes(self) -> None:
-        """The base run, the source run, and the clean run where a metric compares."""
-        model, sweep, n = self.model, self.sweep, self.model.dims.n_layers
-        metrics = [] if sweep.metric is None else [sweep.metric]
-        kept = [Site(kind, i) for kind in ("resid_pre", "k_rot", "v") for i in range(n)] + [Site("resid_post", n - 1)]
-        if not sweep.patches:  # an intervention sees all columns, and those before a row's first are the base's
-            kept += [site.whole for group in self.grid.groups for site in group]
-        kept += [site.whole for one in sweep.given for site in resolve(one.site, n)]
-        reads = [Read(site) for site in dict.fromkeys(kept)]
-        self.base = forward(model, self.batch.run(sweep.base), reads, metrics, sweep.given)
-        self.tick("forward", 1)
-        self.source: Passed | None = None
-        if sweep.patches:
-            wanted = dict.fromkeys(Read(site.whole) for group in self.grid.groups for site in group)
-            self.source = forward(model, self.batch.run(sweep.source), list(wanted), metrics)
-            self.tick("forward", 1)
-        self.clean: Passed | None = None
-        if sweep.metric is not None and sweep.metric.compares:
-            self.clean = forward(model, self.batch, (), metrics)
-            self.tick("forward", 1)
-
-    def value(self, site: Site) -> Tensor:
-        """What the base run had at a whole site."""
-        return self.base.values[Read(site)]
-
-    def residual(self, layer: int) -> Tensor:
-        """The base run's residual stream entering a layer, or, one beyond the last, leaving it."""
-        n = self.model.dims.n_layers
-        return self.value(Site("resid_pre", layer) if layer < n else Site("resid_post", n - 1))
 
     def columns(self, positions: Any) -> tuple[Ints, Bools]:
         """(columns, valid), ``example chosen``, of a choice of positions; None is every real one."""
@@ -245,10 +212,14 @@ class _Sweeping:
                 differs[examples, columns[valid]] = True
         return np.where(differs.any(1), differs.argmax(1), self.lengths)
 
-    def rows(self) -> tuple[_Rows, Bools]:
-        """The rows that must be run, and (``example cell``) which cells an example lacks."""
+    def rows(self, skip: bool = True) -> tuple[_Rows, Bools]:
+        """The rows that must be run, and (``example cell``) which cells an example lacks.
+
+        Args:
+            skip: leave out rows that write what is there already.
+        """
         examples, none = len(self.lengths), np.iinfo(np.int64).max
-        first = self._first_difference() if self.sweep.patches and self.skip else np.zeros(examples, np.int64)
+        first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
         missing = np.zeros((examples, self.grid.rows), bool)
         heads = len(self.grid.heads)
         found: list[_Rows] = []
@@ -287,6 +258,61 @@ class _Sweeping:
             *(np.concatenate([getattr(rows, name) for rows in found]) for name in _Rows.__dataclass_fields__)
         ), missing
 
+    def token_layers(self, rows: _Rows) -> int:
+        """Tokens × layers that rows carry, all columns of the last layer included."""
+        later = self.model.dims.n_layers - rows.enters
+        entry = np.where(rows.spreads, 0, rows.stop - rows.length)
+        return int(((rows.length - rows.start) * later + np.where(later > 0, entry, 0)).sum())
+
+
+class _Sweeping(_Cells):
+    """One sweep over a few examples: its unedited runs, its rows in flight, its scores."""
+
+    def __init__(
+        self,
+        model: Model,
+        batch: TokenBatch,
+        sweep: Sweep,
+        budget: int,
+        skip: bool,
+        tick: Callable[[str, int], None],
+        width: int,
+    ) -> None:
+        super().__init__(model, batch, sweep, width)
+        self.budget, self.skip, self.tick = budget, skip, tick
+        self.device = batch.ids.device
+        self._passes()
+
+    def _passes(self) -> None:
+        """The base run, the source run, and the clean run where a metric compares."""
+        model, sweep, n = self.model, self.sweep, self.model.dims.n_layers
+        metrics = [] if sweep.metric is None else [sweep.metric]
+        kept = [Site(kind, i) for kind in ("resid_pre", "k_rot", "v") for i in range(n)] + [Site("resid_post", n - 1)]
+        if not sweep.patches:  # an intervention sees all columns, and those before a row's first are the base's
+            kept += [site.whole for group in self.grid.groups for site in group]
+        kept += [site.whole for one in sweep.given for site in resolve(one.site, n)]
+        reads = [Read(site) for site in dict.fromkeys(kept)]
+        self.base = forward(model, self.batch.run(sweep.base), reads, metrics, sweep.given)
+        self.tick("forward", 1)
+        self.source: Passed | None = None
+        if sweep.patches:
+            wanted = dict.fromkeys(Read(site.whole) for group in self.grid.groups for site in group)
+            self.source = forward(model, self.batch.run(sweep.source), list(wanted), metrics)
+            self.tick("forward", 1)
+        self.clean: Passed | None = None
+        if sweep.metric is not None and sweep.metric.compares:
+            self.clean = forward(model, self.batch, (), metrics)
+            self.tick("forward", 1)
+
+    def value(self, site: Site) -> Tensor:
+        """What the base run had at a whole site."""
+        return self.base.values[Read(site)]
+
+    def residual(self, layer: int) -> Tensor:
+        """The base run's residual stream entering a layer, or, one beyond the last, leaving it."""
+        n = self.model.dims.n_layers
+        return self.value(Site("resid_pre", layer) if layer < n else Site("resid_post", n - 1))
+
     def run(self) -> Swept:
         metric = self.sweep.metric
         assert metric is not None
@@ -294,7 +320,7 @@ class _Sweeping:
         source = None
         if self.source is not None:
             source = score(metric, self.batch.run(self.sweep.source), self.source, self.clean)
-        rows, missing = self.rows()
+        rows, missing = self.rows(self.skip)
         values = base[:, None].repeat(1, self.grid.rows)
         for chunk in self._chunks(rows):
             flight = _Flight(self, chunk)

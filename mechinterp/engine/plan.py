@@ -15,11 +15,12 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Read, Run
+from mechinterp.engine.packed import packed_cost, why_full
 from mechinterp.engine.sweep import row_count, source_reads
 from mechinterp.errors import MechinterpError, NeedsError
 from mechinterp.model.architecture import check
 from mechinterp.model.model import Model, as_examples
-from mechinterp.sites import KINDS, Site, resolve
+from mechinterp.sites import KINDS, Site, Sites, resolve
 
 TOKENS_PER_BATCH = 8192
 EXAMPLES_PER_BATCH = 64
@@ -42,7 +43,8 @@ class Round:
     metrics: Mapping[Run, tuple[Metric, ...]]
     own: Mapping[Examples, tuple[Read, ...]]
     grads: Mapping[tuple[Metric, Run], tuple[Site, ...]]
-    sweeps: tuple[Sweep, ...]
+    sweeps: Mapping[Sweep, str | None]
+    """Every sweep, and why it takes one whole pass for each row; None where it is packed."""
 
     @property
     def uses_examples(self) -> bool:
@@ -60,9 +62,11 @@ class Round:
 _RUNS: tuple[Run, ...] = ("clean", "corrupted")
 
 
-def compile_round(model: Model, analyzers: Sequence[Analyzer]) -> Round:
+def compile_round(model: Model, analyzers: Sequence[Analyzer], engine: str = "packed") -> Round:
     """Merge what the analyzers need. Equal reads, gradients, sweeps and examples are done once.
 
+    Args:
+        engine: ``"packed"`` where that can be, or ``"full"``.
     Raises:
         SiteError: an analyzer needs a site that the model lacks; the message names the analyzer.
     """
@@ -73,7 +77,7 @@ def compile_round(model: Model, analyzers: Sequence[Analyzer]) -> Round:
     metrics: dict[Run, dict[Metric, None]] = {"clean": {}, "corrupted": {}}
     own: dict[Examples, dict[Read, None]] = {}
     grads: dict[tuple[Metric, Run], dict[Site, None]] = {}
-    sweeps: dict[Sweep, None] = {}
+    sweeps: dict[Sweep, str | None] = {}
     for analyzer in analyzers:
         try:
             need = analyzer.needs(model)
@@ -91,12 +95,13 @@ def compile_round(model: Model, analyzers: Sequence[Analyzer]) -> Round:
                     grads.setdefault((grad.metric, grad.of), {})[site] = None
                 _compare(grad.metric, metrics)
             for sweep in need.sweeps.values():
-                sweeps[sweep] = None
-                for read in source_reads(sweep, model):
-                    check(read.site, model.arch, model.dims)
-                    reads[read.of][read] = None
-                for site in sweep.reads:
+                for site in (*resolve(sweep.sites, layers), *sweep.reads):
                     check(site, model.arch, model.dims)
+                sweeps[sweep] = "engine='full' was asked for" if engine == "full" else why_full(model, sweep)
+                if sweeps[sweep] is None:
+                    continue  # it makes passes of its own, over as many examples as fit its budget
+                for read in source_reads(sweep, model):
+                    reads[read.of][read] = None
                 if sweep.metric is not None:
                     _compare(sweep.metric, metrics)
                     if not sweep.given:
@@ -116,7 +121,7 @@ def compile_round(model: Model, analyzers: Sequence[Analyzer]) -> Round:
         {run: tuple(m) for run, m in metrics.items()},
         {examples: tuple(r) for examples, r in own.items()},
         {key: tuple(s) for key, s in grads.items()},
-        tuple(sweeps),
+        sweeps,
     )
 
 
@@ -138,7 +143,7 @@ class PlannedPass:
     """Decoder layers that are run in each pass."""
     reads: int
     rows: int
-    """Passes for each batch: 1, or the rows of a sweep."""
+    """1, or the rows of a sweep: its cells × examples, but for those that change nothing."""
     token_layers: int
     """Tokens × layers, padding left out."""
     held: int
@@ -150,8 +155,8 @@ class Plan:
     """The passes of the first round. Later rounds depend on what the first one finds."""
 
     passes: tuple[PlannedPass, ...]
-    engine: str = "full"
     notes: tuple[str, ...] = field(default=())
+    """How each sweep is run, and why."""
 
     @property
     def token_layers(self) -> int:
@@ -191,7 +196,12 @@ _HEAD = ("pass", "run", "examples", "batches", "layers", "reads", "rows", "token
 
 
 def plan(
-    model: Model, examples: Any, analyzers: Analyzer | Sequence[Analyzer], *, batch_size: int | None = None
+    model: Model,
+    examples: Any,
+    analyzers: Analyzer | Sequence[Analyzer],
+    *,
+    engine: str = "packed",
+    batch_size: int | None = None,
 ) -> Plan:
     """The passes that `run` with the same arguments will make in its first round. Runs nothing.
 
@@ -200,12 +210,13 @@ def plan(
     """
     chosen = [analyzers] if isinstance(analyzers, Analyzer) else list(analyzers)
     tokens = None if examples is None else model.tokenize(as_examples(examples))
-    return describe(model, tokens, compile_round(model, chosen), batch_size)
+    return describe(model, tokens, compile_round(model, chosen, engine), batch_size)
 
 
 def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int | None) -> Plan:
     """The plan of one round."""
     passes: list[PlannedPass] = []
+    notes: list[str] = []
     if work.uses_examples:
         if tokens is None:
             raise NeedsError(f"{', '.join(a.name for a in work.analyzers)} need examples to run on; give some")
@@ -233,16 +244,22 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
             passes.append(
                 PlannedPass("backward", run, users, len(tokens), len(batches), n, len(sites), 1, 2 * total * n, held)
             )
-        for sweep in work.sweeps:
+        for sweep, why in work.sweeps.items():
             users = _users(work, lambda need, _, sweep=sweep: sweep in need.sweeps.values())
-            counts = [row_count(sweep, model, max(tokens.lengths[i] for i in b), b) for b in batches]
-            rows = max(counts)
-            cost = sum(n * sum(tokens.lengths[i] for i in b) for n, b in zip(counts, batches, strict=True))
             n = model.dims.n_layers
+            if why is None:
+                if sweep.patches and tokens.corrupted is None and "corrupted" in (sweep.base, sweep.source):
+                    tokens.batch([0]).run("corrupted")  # says what is missing
+                costs = [packed_cost(model, tokens.batch(b), sweep) for b in batches]
+                rows, cost = sum(r for r, _ in costs), sum(c for _, c in costs)
+                notes.append(f"sweep of {_named(sweep)}: packed, {rows:,} rows in one wavefront")
+            else:
+                counts = [row_count(sweep, model, max(tokens.lengths[i] for i in b), b) for b in batches]
+                rows = sum(r * len(b) for r, b in zip(counts, batches, strict=True))
+                cost = n * sum(r * sum(tokens.lengths[i] for i in b) for r, b in zip(counts, batches, strict=True))
+                notes.append(f"sweep of {_named(sweep)}: one whole pass for each row, because {why}")
             passes.append(
-                PlannedPass(
-                    "sweep", sweep.base, users, len(tokens), len(batches), n, len(sweep.reads), rows, cost * n, 0
-                )
+                PlannedPass("sweep", sweep.base, users, len(tokens), len(batches), n, len(sweep.reads), rows, cost, 0)
             )
     for own, reads in work.own.items():
         users = _users(work, lambda need, _, own=own: own in {o.examples for o in need.on.values()})
@@ -266,13 +283,19 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
                 held,
             )
         )
-    notes = ("sweeps: engine full, one whole pass for each row",) if work.sweeps else ()
-    return Plan(tuple(passes), notes=notes)
+    return Plan(tuple(passes), tuple(notes))
 
 
 def default_batch_size(tokens: Tokens) -> int:
     """Depends on the examples alone, so that adding an analyzer leaves every batch as it was."""
     return max(1, min(EXAMPLES_PER_BATCH, TOKENS_PER_BATCH // max(tokens.lengths)))
+
+
+def _named(sweep: Sweep) -> str:
+    if sweep.edits:
+        return "edited inputs"
+    sites = sweep.sites if isinstance(sweep.sites, tuple) else (sweep.sites,)
+    return ", ".join(dict.fromkeys(s.kind if isinstance(s, Site | Sites) else str(s) for s in sites))
 
 
 def _users(work: Round, uses: Any) -> tuple[str, ...]:

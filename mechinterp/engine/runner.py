@@ -19,6 +19,7 @@ from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read, Trace
 from mechinterp.engine.backward import backward
 from mechinterp.engine.forward import Passed, forward
+from mechinterp.engine.packed import BUDGET, sweep_packed, why_full
 from mechinterp.engine.plan import Plan, Round, compile_round, default_batch_size, describe
 from mechinterp.engine.sweep import source_reads, sweep_full
 from mechinterp.errors import MechinterpError, NeedsError
@@ -51,6 +52,8 @@ class Run:
     padding_side: str
     seed: int
     progress: Progress | None
+    engine: str = "packed"
+    budget: int = BUDGET
     passes: Counter[str] = field(default_factory=Counter)
     limit: int | None = None
     """Examples a batch, after memory ran out."""
@@ -72,6 +75,7 @@ def run(
     padding_side: str = ...,
     seed: int = ...,
     progress: "Progress | bool" = ...,
+    budget: int = ...,
 ) -> Result: ...
 @overload
 def run(
@@ -84,34 +88,38 @@ def run(
     padding_side: str = ...,
     seed: int = ...,
     progress: "Progress | bool" = ...,
+    budget: int = ...,
 ) -> list[Result]: ...
 def run(
     model: Model,
     examples: Any,
     analyzers: Analyzer | Sequence[Analyzer],
     *,
-    engine: str = "full",
+    engine: str = "packed",
     batch_size: int | None = None,
     padding_side: str = "right",
     seed: int = 0,
     progress: "Progress | bool" = False,
+    budget: int = BUDGET,
 ) -> Any:
     """Run analyzers over examples, in the fewest passes that serve them all.
 
     Args:
         examples: `Examples`, or a text, texts or token ids; None for analyzers of weights alone.
         analyzers: one, or several; the results come in the same order.
-        engine: how sweeps run; ``"full"`` is one whole pass for each row.
+        engine: how sweeps run; ``"packed"`` is one wavefront of all rows, ``"full"`` one whole pass for
+            each row. What cannot be packed is run in full, and the plan says why.
         batch_size: examples a batch; by default as many as make 8,192 tokens, at most 64. It is
             halved when memory runs out.
         padding_side: of ragged batches; the numbers do not depend on it beyond rounding.
         seed: handed to analyzers for bootstrap and permutations.
         progress: True for a progress bar, or your own `Progress`.
+        budget: bytes that a packed sweep may take beside the model.
     Raises:
         MechinterpError: one of its kinds, naming the analyzer where one is to blame.
     """
-    if engine != "full":
-        raise NeedsError(f"The engine of run must be 'full'. Got {engine!r}")
+    if engine not in ("packed", "full"):
+        raise NeedsError(f"The engine of run must be 'packed' or 'full'. Got {engine!r}")
     if padding_side not in ("left", "right"):
         raise NeedsError(f"The padding_side of run must be 'left' or 'right'. Got {padding_side!r}")
     if batch_size is not None and batch_size < 1:
@@ -132,7 +140,7 @@ def run(
             from mechinterp.engine.progress import Bar
 
             progress = stack.enter_context(Bar())
-        state = Run(model, tokens, batch_size, padding_side, seed, progress or None)
+        state = Run(model, tokens, batch_size, padding_side, seed, progress or None, engine, budget)
         for number in range(1, MAX_ROUNDS + 1):
             if not todo:
                 break
@@ -177,7 +185,7 @@ def _options(analyzer: Analyzer) -> dict[str, str]:
 
 
 def _round(state: Run, analyzers: list[Analyzer], number: int) -> list["Result | Analyzer"]:
-    work = compile_round(state.model, analyzers)
+    work = compile_round(state.model, analyzers, state.engine)
     if state.progress is not None:
         state.progress.begin(describe(state.model, state.tokens, work, state.batch_size), number)
     if work.uses_examples and state.tokens is None:
@@ -300,16 +308,28 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         state.tick("backward")
 
     def tick_rows(n: int) -> None:
-        state.tick("sweep_rows", n)
+        """Whole passes, each with the row of every example."""
+        state.tick("sweep_rows", n * len(batch))
+        state.passes["sweep_passes"] += n
         state.passes["sweep_token_layers"] += n * int(batch.lengths.sum()) * model.dims.n_layers
 
+    def tick_packed(what: str, n: int) -> None:
+        if what == "sweep_rows":
+            state.tick(what, n)
+        else:
+            state.passes[what] += n
+
     def sweep(one: Sweep) -> Swept:
+        if work.sweeps[one] is None:
+            return sweep_packed(model, batch, one, budget=state.budget, tick=tick_packed)
         if one.given and one.metric is not None:
             state.tick("forward")  # the base run with what is given
         source = passed.get(one.source, nothing).values
         return sweep_full(model, batch, one, source, clean, passed, tick_rows)
 
     def rerun(one: Sweep) -> Swept:
+        if state.engine == "packed" and why_full(model, one) is None:
+            return sweep_packed(model, batch, one, budget=state.budget, tick=tick_packed)
         extra = {name: list(p.values.items()) for name, p in passed.items()}
         runs: dict[str, Passed] = {}
         for name in dict.fromkeys(["clean", one.base, one.source] if batch.corrupted_ids is not None else ["clean"]):
