@@ -46,7 +46,7 @@ class Greedy(mi.Analyzer):
     """Reads as much as it can, to disturb others."""
 
     def needs(self, model: mi.Model) -> mi.Needs:
-        reads = ["z", "pattern", "logits", "mlp_act", Read("pattern.1", reduce=Reduce(per_query, "example head query"))]
+        reads = ["z", "pattern", "logits", "mlp_in", Read("pattern.1", reduce=Reduce(per_query, "example head query"))]
         return mi.Needs(reads=reads, grads={"g": mi.Grad(sites.pattern(), mi.logit_diff())})
 
     def observe(self, batch: mi.Batch) -> mi.Part:

@@ -44,7 +44,7 @@ def vectors(model: mi.Model, kind: str, layer: int, token: str) -> np.ndarray:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_statistics_by_hand(model: mi.Model, side: str, size: int) -> None:
     """Whatever the batches and the padding: the same as of every text by itself."""
-    kinds = ("resid_pre", "z", "mlp_out")
+    kinds = ("resid_pre", "attn_out", "mlp_out")
     analyzer = mi.ActivationStats(kinds, layers=(2, 0))
     data = mi.run(model, TEXTS, analyzer, padding_side=side, batch_size=size).data
     assert data["tokens"].values.tolist() == [5, 20]
@@ -58,9 +58,9 @@ def test_statistics_by_hand(model: mi.Model, side: str, size: int) -> None:
 
 
 def test_kinds_of_different_width_have_no_mean_vector(model: mi.Model) -> None:
-    data = mi.run(model, TEXTS, mi.ActivationStats(("k", "resid_post", "mlp_act"))).data
+    data = mi.run(model, TEXTS, mi.ActivationStats(("k", "resid_post", "attn_in"))).data
     assert "mean_vector" not in data
-    assert data["top_dim"].sel(kind="k").max() < 16
+    assert data["top_dim"].sel(kind="k").max() < model.dims.n_kv_heads * model.dims.d_head
     assert data["norm"].sel(kind="k", layer=1, token="rest") == pytest.approx(
         by_hand(vectors(model, "k", 1, "rest"))["norm"], rel=1e-5
     )
