@@ -169,7 +169,7 @@ class _Case:
         finally:
             handle.remove()
         passes = result.meta["passes"]
-        known = sum(passes.get(name, 0) for name in ("forward", "backward", "sweep_passes"))
+        known = sum(passes.get(name, 0) for name in ("forward", "backward", "sweep_runs", "sweep_passes"))
         self.must(len(calls) == known, f"it made {len(calls)} passes and declared {known}; declare all in needs()")
         self.must(len(result.table()) > 0, "its result has an empty table")
         again = self.run(self.analyzer)

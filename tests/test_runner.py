@@ -104,11 +104,18 @@ def test_the_plan_foretells_the_passes(model: mi.Model) -> None:
     results = mi.run(model, pairs(model), analyzers, batch_size=4)
     made = results[0].meta["passes"]
     assert sum(p.batches for p in plan.passes if p.what == "forward") == made["forward"]
-    assert sum(p.batches * p.rows for p in plan.passes if p.what == "sweep") == made["sweep_rows"]
+    assert sum(p.rows for p in plan.passes if p.what == "sweep") == made["sweep_rows"]
     assert sum(p.token_layers for p in plan.passes if p.what == "sweep") == made["sweep_token_layers"]
     text = str(plan)
-    assert "LogitLens, HeadRoles, ActivationPatching" in text
-    assert "one whole pass for each row" in text
+    assert "LogitLens, HeadRoles" in text
+    assert "sweep of resid_pre: packed" in text
+    full = mi.run(model, pairs(model), analyzers, batch_size=4, engine="full")[0].meta["passes"]
+    plan = mi.plan(model, pairs(model), analyzers, batch_size=4, engine="full")
+    assert sum(p.batches for p in plan.passes if p.what == "forward") == full["forward"]
+    assert sum(p.rows for p in plan.passes if p.what == "sweep") == full["sweep_rows"]
+    assert sum(p.token_layers for p in plan.passes if p.what == "sweep") == full["sweep_token_layers"]
+    assert "LogitLens, HeadRoles, ActivationPatching" in str(plan)
+    assert "one whole pass for each row, because engine='full' was asked for" in str(plan)
 
 
 def test_a_plan_stops_as_early_as_the_pass(model: mi.Model) -> None:
@@ -241,7 +248,7 @@ class AblateHeads(mi.Analyzer):
 def test_two_rounds(model: mi.Model) -> None:
     result, lens, again = mi.run(model, pairs(model), [LargestNorm(), mi.LogitLens(), LargestNorm()])
     assert result.meta["passes"]["rounds"] == 2
-    assert result.meta["passes"]["sweep_rows"] == 4, "equal sweeps of two analyzers are one"
+    assert result.meta["passes"]["sweep_rows"] == 4 * 7, "equal sweeps of two analyzers are one"
     assert result.meta["analyzer"] == "LargestNorm"
     assert result.data.identical(again.data)
     norms = mi.run(model, pairs(model), LargestNormOnly()).data["value"].mean("example")
@@ -360,7 +367,7 @@ def test_provenance(model: mi.Model) -> None:
     assert other.fingerprint != model.fingerprint
 
 
-@pytest.mark.parametrize("bad", [{"engine": "packed"}, {"padding_side": "middle"}, {"batch_size": 0}])
+@pytest.mark.parametrize("bad", [{"engine": "sparse"}, {"padding_side": "middle"}, {"batch_size": 0}])
 def test_options_that_cannot_be(llama: mi.Model, bad: dict[str, Any]) -> None:
     with pytest.raises(NeedsError, match=f"The {next(iter(bad))} of run must be"):
         mi.run(llama, padded(llama), AllNorms(), **bad)

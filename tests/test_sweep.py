@@ -33,9 +33,19 @@ class Show(mi.Analyzer):
 
 
 def swept(model: mi.Model, examples: mi.Examples, sweep: mi.Sweep, rerun: bool = False) -> Swept:
-    order = mi.run(model, examples, Show(sweep, rerun)).data["value"].values
-    assert list(order) == sorted(order)
-    return SEEN["s"]
+    """What both engines give, which must be the same."""
+    found: dict[str, Swept] = {}
+    for engine in ("full", "packed"):
+        order = mi.run(model, examples, Show(sweep, rerun), engine=engine).data["value"].values
+        assert list(order) == sorted(order)
+        found[engine] = SEEN["s"]
+    full, packed = found["full"], found["packed"]
+    assert (full.axes, full.coords) == (packed.axes, packed.coords)
+    for a, b in ((full.values, packed.values), (full.base, packed.base), (full.source, packed.source)):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4, equal_nan=True)
+    return packed
 
 
 def equal_length_pairs(model: mi.Model) -> mi.Examples:

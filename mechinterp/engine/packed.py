@@ -95,7 +95,7 @@ def sweep_packed(
     Args:
         budget: bytes beside the model, for caches and rows in flight.
         skip: leave out rows that write what is there already.
-        tick: told of ("forward", passes), ("sweep_rows", rows) and ("sweep_token_layers", tokens × layers).
+        tick: told of ("sweep_runs", unedited passes), ("sweep_rows", rows) and ("sweep_token_layers", tokens × layers).
     Raises:
         NeedsError: the budget is too small for one row.
     """
@@ -293,16 +293,16 @@ class _Sweeping(_Cells):
         kept += [site.whole for one in sweep.given for site in resolve(one.site, n)]
         reads = [Read(site) for site in dict.fromkeys(kept)]
         self.base = forward(model, self.batch.run(sweep.base), reads, metrics, sweep.given)
-        self.tick("forward", 1)
+        self.tick("sweep_runs", 1)
         self.source: Passed | None = None
         if sweep.patches:
             wanted = dict.fromkeys(Read(site.whole) for group in self.grid.groups for site in group)
             self.source = forward(model, self.batch.run(sweep.source), list(wanted), metrics)
-            self.tick("forward", 1)
+            self.tick("sweep_runs", 1)
         self.clean: Passed | None = None
         if sweep.metric is not None and sweep.metric.compares:
             self.clean = forward(model, self.batch, (), metrics)
-            self.tick("forward", 1)
+            self.tick("sweep_runs", 1)
 
     def value(self, site: Site) -> Tensor:
         """What the base run had at a whole site."""

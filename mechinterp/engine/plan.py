@@ -252,6 +252,10 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
                     tokens.batch([0]).run("corrupted")  # says what is missing
                 costs = [packed_cost(model, tokens.batch(b), sweep) for b in batches]
                 rows, cost = sum(r for r, _ in costs), sum(c for _, c in costs)
+                runs = [sweep.base, *([sweep.source] if sweep.patches else [])]
+                runs += ["clean"] if sweep.metric is not None and sweep.metric.compares else []
+                own, each = ", ".join(runs), total * n * len(runs)
+                passes.append(PlannedPass("sweep runs", own, users, len(tokens), len(batches), n, 0, 1, each, 0))
                 notes.append(f"sweep of {_named(sweep)}: packed, {rows:,} rows in one wavefront")
             else:
                 counts = [row_count(sweep, model, max(tokens.lengths[i] for i in b), b) for b in batches]

@@ -1,0 +1,202 @@
+"""The packed sweep against the full one, on random sweeps of every kind of site; and what holds for it alone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import mechinterp as mi
+from mechinterp.core.analyzer import Swept
+from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.trace import Read
+from mechinterp.engine import packed
+from mechinterp.engine.forward import forward
+from mechinterp.engine.packed import sweep_packed, why_full
+from mechinterp.engine.sweep import source_reads, sweep_full
+from mechinterp.errors import NeedsError
+from mechinterp.sites import Site
+
+WRITES: dict[str, Any] = {
+    "patch": None,
+    "zero": mi.Zero,
+    "scale": lambda site: mi.Scale(site, 0.3),
+    "noise": lambda site: mi.Noise(site, 0.3, seed=1),
+    "apply": lambda site: mi.Apply(site, lambda value: value.flip(-1)),
+    "add": lambda site: mi.Add(site, torch.tensor(0.25)),
+}
+METRICS = {"diff": mi.logit_diff(), "logit": mi.answer_logit("S2"), "prob": mi.answer_prob(), "kl": mi.kl()}
+
+
+def batch_of(model: mi.Model, side: str = "right", n: int = 5) -> TokenBatch:
+    return model.tokenize(mi.tasks.ioi(n, seed=3)).batch(range(n), padding_side=side)
+
+
+def full(model: mi.Model, batch: TokenBatch, sweep: mi.Sweep) -> Swept:
+    metrics = [] if sweep.metric is None else [sweep.metric]
+    runs = {
+        run: forward(model, batch.run(run), [r for r in source_reads(sweep, model) if r.of == run], metrics)
+        for run in dict.fromkeys(["clean", sweep.base, sweep.source])
+    }
+    return sweep_full(model, batch, sweep, runs[sweep.source].values, runs["clean"], runs)
+
+
+def close(found: Swept, expected: Swept, tolerance: float = 1e-5) -> None:
+    assert found.values is not None and expected.values is not None
+    scale = float(expected.values.nan_to_num().abs().max().clamp(min=0.1))
+    torch.testing.assert_close(found.values, expected.values, atol=tolerance * scale, rtol=0, equal_nan=True)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_packed_equals_full(model: mi.Model, data: st.DataObject) -> None:
+    kinds = [kind for kind in dict.fromkeys(s.kind for s in model.sites) if kind not in ("final_norm", "logits")]
+    kind = data.draw(st.sampled_from(kinds))
+    layers = tuple(s.layer for s in model.sites if s.kind == kind and s.layer is not None)
+    write = data.draw(st.sampled_from(list(WRITES)))
+    positions = data.draw(
+        st.sampled_from(["each", None, "end", "S2", 3, ("IO", "S1"), ("end", 0), (-2, 1, "S2"), ("S2",)])
+    )
+    heads = None
+    if model.dims.heads(kind) is not None:
+        heads = data.draw(st.sampled_from([None, "each", (1,), (1, 0)]))
+    window = data.draw(st.sampled_from([1, 1, 2, 3])) if layers and len(layers) == model.dims.n_layers else 1
+    noise = mi.Noise(Site("embed", positions="IO"), 0.5)
+    scaled = mi.Scale(Site("z", 1, heads=1), 0.5)
+    ablated = mi.Zero(Site("mlp_out", 2, positions="end"))
+    later = mi.Scale(Site("resid_pre", 1), 1.1)
+    extra = data.draw(st.sampled_from([(), (), (noise,), (scaled, ablated), (noise, later)]))
+    base, source = data.draw(st.permutations(["clean", "corrupted"])) if not extra else ("clean", "clean")
+    sweep = mi.Sweep(
+        METRICS[data.draw(st.sampled_from(list(METRICS)))],
+        Site("embed") if kind == "embed" else mi.Sites(kind, layers),
+        positions,
+        heads,
+        WRITES[write],
+        source,
+        base,
+        window,
+        extra,
+    )
+    # A norm makes of an exact zero what rounding makes of it, and whole passes write resid_mid as a sum.
+    if why_full(model, sweep) is not None or (kind, write) == ("resid_mid", "zero"):
+        return
+    # The full engine counts a pattern's queries from the first column, padding or not.
+    side = "right" if kind in ("scores", "pattern") else data.draw(st.sampled_from(["left", "right"]))
+    batch = batch_of(model, side)
+    expected = full(model, batch, sweep)
+    skip, budget = data.draw(st.booleans()), data.draw(st.sampled_from([packed.BUDGET, 1_200_000]))
+    close(sweep_packed(model, batch, sweep, skip=skip, budget=budget), expected)
+
+
+def test_identities(model: mi.Model) -> None:
+    batch = batch_of(model)
+    whole = sweep_packed(model, batch, mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(0)))
+    torch.testing.assert_close(whole.values[:, 0], whole.source, atol=1e-5, rtol=1e-5)
+    itself = sweep_packed(
+        model, batch, mi.Sweep(mi.logit_diff(), mi.sites.z(), "each", "each", source="corrupted"), skip=False
+    )
+    values = torch.where(itself.values.isnan(), itself.base[:, None, None, None], itself.values)
+    torch.testing.assert_close(values, itself.base[:, None, None, None].expand_as(values), atol=2e-5, rtol=1e-5)
+
+
+def test_before_the_first_token_that_differs_there_is_exactly_nothing(model: mi.Model) -> None:
+    batch = batch_of(model)
+    swept = sweep_packed(model, batch, mi.Sweep(mi.logit_diff(), mi.sites.attn_out(), positions="each"))
+    for row, second in enumerate(batch.positions["S2"]):
+        assert (swept.values[row, :, :second] == swept.base[row]).all()
+        assert (swept.values[row, :, second] != swept.base[row]).any()
+
+
+def test_chunks_order_and_company_do_not_matter(model: mi.Model) -> None:
+    sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(), positions="each", heads=None)
+    batch = batch_of(model)
+    expected = sweep_packed(model, batch, sweep)
+    for budget in (300_000, 600_000, 3_000_000):
+        close(sweep_packed(model, batch, sweep, budget=budget), expected)
+    turned = sweep_packed(model, batch, mi.Sweep(mi.logit_diff(), mi.sites.resid_pre((2, 1, 0)), positions="each"))
+    close(Swept(turned.values.flip(1), (), None, None, {}, {}), expected)
+    order = [3, 0, 4, 1, 2]
+    shuffled = sweep_packed(model, batch.take(order), sweep)
+    close(Swept(shuffled.values, (), None, None, {}, {}), Swept(expected.values[order], (), None, None, {}, {}))
+    for row in range(5):
+        alone = sweep_packed(model, batch.take([row]), sweep).values[0]
+        torch.testing.assert_close(alone, expected.values[row, :, : alone.shape[1]], atol=1e-4, rtol=1e-5)
+
+
+def test_the_base_runs_keys_and_values_are_never_written(model: mi.Model) -> None:
+    batch = batch_of(model)
+    for kind in ("k", "v", "k_rot", "resid_pre", "pattern"):
+        for write in (None, mi.Zero):
+            sweep = mi.Sweep(mi.logit_diff(), mi.Sites(kind), positions=("S2", "end"), write=write)
+            cells = packed._Sweeping(model, batch, sweep, packed.BUDGET, True, lambda what, n: None, 20)
+            before = {read: value.clone() for read, value in cells.base.values.items()}
+            cells.run()
+            assert all(torch.equal(value, before[read]) for read, value in cells.base.values.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_bf16_is_no_worse_than_whole_passes(family: str) -> None:
+    exact, half = mi.testing.tiny(family), mi.testing.tiny(family, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for a, b in zip(exact.hf.parameters(), half.hf.parameters(), strict=True):
+            a.copy_(b)
+    batch = batch_of(exact, n=8)
+    for sites in (mi.sites.resid_pre(), mi.sites.z(), mi.sites.mlp_out()):
+        sweep = mi.Sweep(mi.logit_diff(), sites, positions="each")
+        reference = sweep_packed(exact, batch, sweep, skip=False).values.nan_to_num()
+        ours = sweep_packed(half, batch, sweep, skip=False).values.float().nan_to_num()
+        theirs = full(half, batch, sweep).values.float().nan_to_num()
+        assert (ours - reference).norm() <= 1.5 * (theirs - reference).norm()
+
+
+def test_what_takes_whole_passes_says_why(llama: mi.Model) -> None:
+    reasons = {
+        "per query head": mi.Sweep(mi.logit_diff(), mi.sites.k(per_query_head=True)),
+        "after the last layer": mi.Sweep(mi.logit_diff(), mi.sites.final_norm()),
+        "edited": mi.Sweep(mi.logit_diff(), edits=((mi.Edit((0,)),),)),
+        "every position": mi.Sweep(mi.loss(), mi.sites.z()),
+        "read": mi.Sweep(mi.logit_diff(), mi.sites.z(), reads=(mi.sites.resid_post(0),)),
+        "given writes scores": mi.Sweep(mi.logit_diff(), mi.sites.z(), given=(mi.Zero("scores.0"),)),
+    }
+    for reason, sweep in reasons.items():
+        assert reason in str(why_full(llama, sweep))
+    plain = mi.Sweep(mi.logit_diff(), mi.sites.z())
+    assert why_full(llama, plain) is None
+    with llama.intervene(mi.Zero(mi.sites.z(0))):
+        assert "in force around it" in str(why_full(llama, plain))
+
+
+def test_an_intervention_around_a_sweep_is_in_every_row(model: mi.Model) -> None:
+    """It belongs to the base run; the plan says that such a sweep takes whole passes."""
+    examples = mi.tasks.ioi(3, seed=3)
+    patching = mi.ActivationPatching("resid_pre", positions=("S2", "end"))
+    with model.intervene(mi.Zero(mi.sites.mlp_out(1))):
+        around = mi.run(model, examples, patching)
+        assert "in force around it" in str(mi.plan(model, examples, patching))
+    sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(), ("S2", "end"), given=(mi.Zero(mi.sites.mlp_out(1)),))
+    batch = model.tokenize(examples).batch(range(3))
+    got = sweep_packed(model, batch, sweep).values
+    source = forward(model, batch, [Read(Site("resid_pre", 2))], writes=sweep.given).values
+    assert source and got.shape == (3, 3, 2)
+    expected = around.data["patched"].transpose("example", "layer", "position").values
+    np.testing.assert_allclose(expected[:, :2], full_with(model, batch, sweep)[:, :2], atol=1e-4)
+
+
+def full_with(model: mi.Model, batch: TokenBatch, sweep: mi.Sweep) -> Any:
+    """Whole passes with what is given in force in the source run too."""
+    with model.intervene(*sweep.given):
+        return full(model, batch, mi.Sweep(sweep.metric, sweep.sites, sweep.positions)).values.numpy()
+
+
+def test_a_budget_too_small_for_one_example(llama: mi.Model) -> None:
+    with pytest.raises(NeedsError, match=r"too small for one example of \d+ tokens.*give at least"):
+        sweep_packed(llama, batch_of(llama), mi.Sweep(mi.logit_diff(), mi.sites.z()), budget=1000)
