@@ -73,7 +73,8 @@ def why_full(model: Model, sweep: Sweep) -> str | None:
         return "rows are read"
     if sweep.metric is not None and sweep.metric.positions is None:
         return f"{type(sweep.metric).__name__} needs logits at every position"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules()):
+    tops = (model.hf, model.hf.get_submodule(model.arch.base))  # a hook there sees unedited runs, and no rows
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules() if m not in tops):
         return "hooks, or interventions in force around it, must see every row"
     if len({p.device for p in model.hf.parameters()}) > 1:
         return "the model lies on several devices"

@@ -31,8 +31,8 @@ class Bar:
         self._progress.stop()
 
     def begin(self, plan: Plan, round_number: int) -> None:
-        total = sum(p.batches * p.rows for p in plan.passes)
-        self._task = self._progress.add_task(f"round {round_number}: passes", total=total)
+        total = sum(p.rows if p.what == "sweep" else p.batches for p in plan.passes if p.what != "sweep runs")
+        self._task = self._progress.add_task(f"round {round_number}: passes and rows", total=total)
 
     def advance(self, what: str, steps: int) -> None:
         if self._task is not None:
