@@ -94,10 +94,16 @@ class Verification:
         }
         return pd.DataFrame(columns)
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """One line: how many checks hold, and which failed."""
         failed = [c.name for c in self.checks if not c.passed]
-        end = f"{len(failed)} of {len(self.checks)} checks failed" if failed else f"all {len(self.checks)} checks hold"
-        return "\n".join([self.model, HEAD, *map(line, self.checks), end])
+        if not failed:
+            return f"all {len(self.checks)} checks hold"
+        return f"{len(failed)} of {len(self.checks)} checks failed: {'; '.join(failed)}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.model, HEAD, *map(line, self.checks), self.summary])
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self.model)}</p>{self.table().to_html(index=False)}"
@@ -147,6 +153,7 @@ def verify(model: Model, *, quick: bool = False, told: Callable[[Check], None] |
             except Exception as error:  # of a model that is built otherwise: the other checks may say more about it
                 said = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 add(Check(f"{step.__name__.strip('_')}: runs without an error", 1, "error", 0, said), started)
+        started = time.perf_counter()
         changed = [name for name, was, now in zip(_STATE, before, _state(model), strict=True) if was != now]
         detail = ", ".join(changed)
         add(Check("hooks, attention kernel and weights are as they were", len(changed), "changed", 0, detail), started)
