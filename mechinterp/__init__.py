@@ -55,6 +55,8 @@ _NAMES = {
     "Plan": "mechinterp.engine.plan",
     "plan": "mechinterp.engine.plan",
     "run": "mechinterp.engine.runner",
+    "verify": "mechinterp.engine.verify",
+    "Verification": "mechinterp.engine.verify",
     "Accuracy": "mechinterp.analyzers.accuracy",
     "ActivationStats": "mechinterp.analyzers.stats",
     "LogitLens": "mechinterp.analyzers.lens",
@@ -161,6 +163,8 @@ if TYPE_CHECKING:
     from mechinterp.engine.plan import Plan as Plan
     from mechinterp.engine.plan import plan as plan
     from mechinterp.engine.runner import run as run
+    from mechinterp.engine.verify import Verification as Verification
+    from mechinterp.engine.verify import verify as verify
     from mechinterp.model.factored import FactoredMatrix as FactoredMatrix
     from mechinterp.model.model import Model as Model
     from mechinterp.sites import Site as Site

@@ -322,9 +322,11 @@ def q_normed(layers: Layers = None, *, heads: Heads = None, positions: Positions
     return _make("q_normed", layers, positions, heads)
 
 
-def k_normed(layers: Layers = None, *, heads: Heads = None, positions: Positions = None) -> Site | Sites:
+def k_normed(
+    layers: Layers = None, *, heads: Heads = None, positions: Positions = None, per_query_head: bool = False
+) -> Site | Sites:
     """Keys after k-norm (Qwen3 only), ``batch pos kv_head d_head``."""
-    return _make("k_normed", layers, positions, heads)
+    return _make("k_normed", layers, positions, heads, per_query_head)
 
 
 def q_rot(layers: Layers = None, *, heads: Heads = None, positions: Positions = None) -> Site | Sites:
@@ -332,9 +334,11 @@ def q_rot(layers: Layers = None, *, heads: Heads = None, positions: Positions = 
     return _make("q_rot", layers, positions, heads)
 
 
-def k_rot(layers: Layers = None, *, heads: Heads = None, positions: Positions = None) -> Site | Sites:
+def k_rot(
+    layers: Layers = None, *, heads: Heads = None, positions: Positions = None, per_query_head: bool = False
+) -> Site | Sites:
     """Keys after rotary, ``batch pos kv_head d_head``."""
-    return _make("k_rot", layers, positions, heads)
+    return _make("k_rot", layers, positions, heads, per_query_head)
 
 
 def scores(layers: Layers = None, *, heads: Heads = None, positions: Positions = None) -> Site | Sites:

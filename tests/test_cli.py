@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from typer.testing import CliRunner, Result
 import mechinterp as mi
 from mechinterp.cli import main as cli
 from mechinterp.errors import ModelError
+from mechinterp.model.architecture import FAMILIES, Architecture
+from mechinterp.testing import tiny
 
 RUN = CliRunner()
 
@@ -122,6 +125,98 @@ def test_trace_shows_axes_shapes_and_norms(tiny_folder: Path, llama: mi.Model) -
     assert rows["pattern.0"][:-1] == ["batch", "head", "query", "key", "1", "4", str(tokens), str(tokens)]
 
 
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the tiny Llama, as PEFT saves it."""
+    import peft
+
+    folder = tmp_path_factory.mktemp("adapters") / "lora"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks for what transformers has renamed
+        config = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+        peft.get_peft_model(tiny("llama").hf, config).save_pretrained(folder)
+    return folder
+
+
+def test_verify_prints_a_table_and_writes_it(here: Path, tiny_folder: Path) -> None:
+    result = invoke("verify", tiny_folder, "--json", "checks.json")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"Model {tiny_folder}: llama, 3 layers")
+    assert [line[:6].strip() for line in lines[3:-2]] == ["ok"] * 14 + ["info", "ok"]
+    assert lines[-1] == "all 16 checks hold"
+    content = json.loads((here / "checks.json").read_text())
+    assert content["passed"]
+    assert content["kernel"] == "sdpa"
+    assert set(content["checks"][0]) == {"name", "value", "unit", "tolerance", "passed", "detail", "seconds"}
+    assert [c["name"] for c in content["checks"]] == [line[8:].split("  ")[0].strip() for line in lines[3:-2]]
+    assert os.listdir(here) == ["checks.json"]
+    again = invoke("verify", tiny_folder, "--quick", "--dtype", "bfloat16", "--json", "checks.json")
+    assert again.exit_code == 0, again.output
+    content = json.loads((here / "checks.json").read_text())
+    assert (len(content["checks"]), content["dtype"]) == (7, "bfloat16")
+
+
+def test_verify_of_a_model_that_fails(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "granite", Architecture("granite"))
+    model = tiny("granite", residual_multiplier=0.5)
+    model.hf.save_pretrained(tmp_path / "granite")
+    result = invoke("verify", tmp_path / "granite", "--quick", "--json", "checks.json")
+    assert result.exit_code == 1
+    assert result.stderr == ""  # it did what it was asked
+    law = "embedding, attention and MLPs sum to the final residual"
+    assert [line for line in result.stdout.splitlines() if line.startswith(f"FAILED  {law}")]
+    assert result.stdout.splitlines()[-1] == f"1 of 7 checks failed: {law}"
+    content = json.loads((here / "checks.json").read_text())
+    assert not content["passed"]
+    assert [c["name"] for c in content["checks"] if not c["passed"]] == [law]
+    assert "fails its self-check" in one_line(invoke("trace", tmp_path / "granite", "1 2", "resid_post"))
+
+
+def test_verify_says_before_the_work_what_it_cannot_write(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is a folder" in one_line(invoke("verify", "./no/such/model", "--json", "."))
+    assert "there is no folder" in one_line(invoke("verify", "./no/such/model", "--json", "no/checks.json"))
+    assert "there is no folder ./no/such/model" in one_line(invoke("verify", "./no/such/model"))
+
+
+def test_checks_are_written_whole_or_not_at_all(here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    (here / "checks.json").write_text("earlier")
+    monkeypatch.setattr("mechinterp.report.files.os.replace", full)
+    assert "free some space" in one_line(invoke("verify", tiny_folder, "--quick", "--json", "checks.json"))
+    assert os.listdir(here) == ["checks.json"]
+    assert (here / "checks.json").read_text() == "earlier"
+
+
+def test_adapter_and_dtype(here: Path, tiny_folder: Path, adapter_folder: Path) -> None:
+    options = ("--adapter", adapter_folder, "--dtype", "bfloat16")
+    result = invoke("verify", tiny_folder, *options, "--quick")
+    assert result.exit_code == 0, result.output
+    assert "bfloat16 on cpu, adapter default" in result.stdout
+    plain = invoke("trace", tiny_folder, "Mary had a book", "z.0")
+    other = invoke("trace", tiny_folder, "Mary had a book", "z.0", *options)
+    assert plain.exit_code == other.exit_code == 0
+    assert plain.stdout.splitlines()[1] != other.stdout.splitlines()[1]
+    command = ("run", lines(here / "e.jsonl", GOOD), "--model", tiny_folder, "--analyzer", "accuracy", *options)
+    assert "adapter default" in invoke(*command, "--out", "study").stdout
+    assert json.loads((here / "study" / "manifest.json").read_text())["dtype"] == "bfloat16"
+    assert "there is no folder ./none" in one_line(invoke("demo", "--model", tiny_folder, "--adapter", "./none"))
+    assert "must be 'float32'" in one_line(invoke("verify", tiny_folder, "--dtype", "float12"))
+
+
+def test_any_analyzer_with_defaults_runs(here: Path, tiny_folder: Path) -> None:
+    file = lines(here / "e.jsonl", GOOD, GOOD)
+    command = ("run", file, "--model", tiny_folder, "--analyzer", "accuracy", "--analyzer", "activation-stats")
+    result = invoke(*command, "--out", "study")
+    assert result.exit_code == 0, result.output
+    assert sorted(os.listdir(here / "study" / "results")) == ["accuracy", "activation-stats"]
+    said = one_line(invoke("run", file, "--model", "./no/such/model", "--analyzer", "activation-patching"))
+    assert "must be given its site" in said
+    assert "ActivationPatching(site=...)" in said
+
+
 def test_version() -> None:
     result = invoke("--version")
     assert (result.exit_code, result.stdout) == (0, f"mechinterp {mi.__version__}\n")
@@ -212,6 +307,8 @@ def test_output_that_cannot_be_written_is_said_before_the_work(here: Path) -> No
         ["run", "e.jsonl", "--analyzer", "logit-lense"],
         ["run", "e.jsonl", "--batch-size", "0"],
         ["trace", "smollm2", "text"],
+        ["verify"],
+        ["verify", "smollm2", "--adapter"],
     ],
     ids=" ".join,
 )

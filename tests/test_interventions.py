@@ -6,7 +6,7 @@ import torch
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.interventions import Intervention
-from mechinterp.errors import ExamplesError, HookError
+from mechinterp.errors import ExamplesError, HookError, SiteError
 from mechinterp.sites import Site
 from tests.test_forward import padded
 
@@ -212,6 +212,23 @@ def test_keys_and_values_are_written_for_one_query_head_of_a_group(
     with model.intervene(write):  # a read of somebody else's sees it
         torch.testing.assert_close(model.trace(ids, group)[group], changed[group])
     assert whole.of_kv_head == whole
+
+
+def test_a_group_whose_keys_have_come_apart_has_no_one_key(model: mi.Model, ids: list[list[int]]) -> None:
+    """A write there would be lost: what each query head uses was made before it."""
+    split = mi.Zero(sites.k(1, heads=2, per_query_head=True))
+    with pytest.raises(SiteError, match=r"k_rot.1 cannot be written in a pass that writes k.1 per query head"):
+        logits(model, ids, mi.Zero(sites.k_rot(1)), split)
+    with pytest.raises(SiteError, match=r"k_rot.1 cannot"), model.intervene(split):  # nor where somebody else writes
+        logits(model, ids, mi.Zero(sites.k_rot(1)))
+    if model.arch.qk_norm:
+        with pytest.raises(SiteError, match=r"k_normed.1 cannot"):
+            logits(model, ids, mi.Zero(sites.k_normed(1)), split)
+    twice = logits(model, ids, mi.Scale(sites.k(1), 2.0), mi.Scale(sites.k(1, per_query_head=True), 2.0))
+    torch.testing.assert_close(twice, logits(model, ids, mi.Scale(sites.k(1), 4.0)), atol=1e-5, rtol=1e-4)
+    logits(model, ids, mi.Zero(sites.k_rot(0)), split)  # another layer
+    both = [mi.Zero(sites.k_rot(1, per_query_head=True)), split]
+    torch.testing.assert_close(logits(model, ids, *both), logits(model, ids, mi.Zero(sites.k_rot(1))))
 
 
 def test_a_router_write_chooses_the_experts(ids: list[list[int]]) -> None:

@@ -47,6 +47,8 @@ NAMES = [
     "Plan",
     "plan",
     "run",
+    "verify",
+    "Verification",
     "Accuracy",
     "ActivationStats",
     "LogitLens",

@@ -74,8 +74,7 @@ def test_a_trace_comes_back_exactly(trace: mi.Trace, tmp_path: Path) -> None:
 
 
 def test_every_site_comes_back_on_every_family(model: mi.Model, ids: list[list[int]], tmp_path: Path) -> None:
-    kinds = [k for k in sites.KINDS if k != "router" and (model.arch.qk_norm or k not in ("q_normed", "k_normed"))]
-    trace = model.trace([ids[0], ids[1][:4]], kinds)
+    trace = model.trace([ids[0], ids[1][:4]], model.sites)
     same(trace, mi.Trace.load(trace.save(tmp_path / "t")))
 
 

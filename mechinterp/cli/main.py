@@ -1,4 +1,4 @@
-"""mechinterp demo, run and trace.
+"""mechinterp demo, run, trace and verify.
 
 Exit status: 0, 1 for a failure (one line on standard error; --debug shows the traceback), 2 for
 wrong usage, 130 after Ctrl-C.
@@ -6,35 +6,28 @@ wrong usage, 130 after Ctrl-C.
 
 import contextlib
 import inspect
+import json
 import os
 import shlex
 import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import mechinterp as mi
-from mechinterp.errors import MechinterpError
+from mechinterp.errors import MechinterpError, NeedsError
 
 # Nothing here imports torch before a command needs it, so that --help is quick.
 
-
-class Chosen(StrEnum):
-    """The analyzers that the command line knows."""
-
-    LENS = "logit-lens"
-    DIRECT = "direct-logit-attribution"
-    ROLES = "head-roles"
-
-
-ANALYZERS = {Chosen.LENS: "LogitLens", Chosen.DIRECT: "DirectLogitAttribution", Chosen.ROLES: "HeadRoles"}
+STANDARD = ("logit-lens", "direct-logit-attribution", "head-roles")
+"""The analyzers of a demo, and of a run that names none."""
 PROVENANCE = (
     *("model", "model_hash", "dtype", "device", "kernel", "threads"),
     *("python", "versions", "engine", "seed", "passes"),
@@ -43,7 +36,11 @@ PROVENANCE = (
 READERS = {".jsonl": "from_jsonl", ".csv": "from_csv"}
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-ModelName = Annotated[str, typer.Option("--model", help="smollm2 (bundled), a folder, a .gguf file, or a hub id.")]
+_WAYS_IN = "smollm2 (bundled), a folder, a .gguf file, or a hub id."
+ModelName = Annotated[str, typer.Option("--model", help=_WAYS_IN)]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_WAYS_IN)]
+Adapter = Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter on top: a folder, or a hub id.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Such as bfloat16; the checkpoint's own by default.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts, random tokens, bootstrap and permutations.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for tables, figures and the report.")]
 
@@ -59,6 +56,18 @@ app = typer.Typer(
 def main() -> None:
     """The entry point."""
     app()
+
+
+def _known(chosen: list[str] | None) -> list[str] | None:
+    """Refuse a name that no package has, before anything is read or imported."""
+    from mechinterp.analyzers import locate
+
+    try:
+        for name in chosen or ():
+            locate(name)
+    except NeedsError as error:
+        raise typer.BadParameter(str(error)) from None
+    return chosen
 
 
 def _version(wanted: bool) -> bool:
@@ -85,6 +94,8 @@ def demo(
     model: ModelName = "smollm2",
     n: Annotated[int, typer.Option("--n", min=1, help="How many prompts.")] = 32,
     seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
     out: Out = Path("mechinterp-demo"),
     debug: Debug = False,
 ) -> None:
@@ -93,7 +104,8 @@ def demo(
         _check_out(out)
         examples = mi.tasks.ioi(n=n, seed=seed)
         title = f"Indirect objects in {Path(model).name}: lens, direct attribution and head roles"
-        _study(model, examples, list(ANALYZERS), out, title, seed, f"mi.tasks.ioi(n={n}, seed={seed})")
+        source = f"mi.tasks.ioi(n={n}, seed={seed})"
+        _study((model, adapter, dtype), examples, STANDARD, out, title, seed, source)
 
 
 @app.command()
@@ -101,31 +113,37 @@ def run(
     examples: Annotated[Path, typer.Argument(help="A .jsonl or .csv file: text (or clean, corrupted), answer, wrong.")],
     model: ModelName = "smollm2",
     analyzer: Annotated[
-        list[Chosen] | None, typer.Option("--analyzer", help="Repeat for several; all by default.")
+        list[str] | None,
+        typer.Option("--analyzer", help=f"Repeat for several; by default {', '.join(STANDARD)}.", callback=_known),
     ] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Examples a batch.")] = None,
     seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
     out: Out = Path("mechinterp-run"),
     debug: Debug = False,
 ) -> None:
-    """The same analyzers on your own examples."""
+    """The same analyzers, or others, on your own examples."""
     if examples.suffix not in READERS:
         raise typer.BadParameter(f"{examples} is neither .jsonl nor .csv", param_hint="EXAMPLES")
     with _reported(debug):
         _check_out(out)
         own: mi.Examples = getattr(mi.Examples, READERS[examples.suffix])(examples)
-        chosen = list(dict.fromkeys(analyzer or ANALYZERS))
-        if own.answers is None and analyzer is None:
-            chosen.remove(Chosen.DIRECT)
+        chosen = list(dict.fromkeys(analyzer or STANDARD))
+        if own.answers is None and not analyzer:
+            chosen.remove("direct-logit-attribution")
             typer.echo("direct-logit-attribution is left out: the examples have no answers", err=True)
-        _study(model, own, chosen, out, f"{examples.name} in {Path(model).name}", seed, str(examples), batch_size)
+        title = f"{examples.name} in {Path(model).name}"
+        _study((model, adapter, dtype), own, chosen, out, title, seed, str(examples), batch_size)
 
 
 @app.command()
 def trace(
-    model: Annotated[str, typer.Argument(help="smollm2 (bundled), a folder, a .gguf file, or a hub id.")],
+    model: ModelArgument,
     text: Annotated[str, typer.Argument(help="The prompt.")],
     sites: Annotated[list[str], typer.Argument(help="Such as resid_post, pattern.5, z.10.h3@end.")],
+    adapter: Adapter = None,
+    dtype: Dtype = None,
     debug: Debug = False,
 ) -> None:
     """Just look: read sites in one pass, and show their axes, shapes and mean norms."""
@@ -134,7 +152,7 @@ def trace(
 
         for site in sites:
             resolve(site, 1)  # a typo is found before the model loads
-        seen = mi.Model.load(model).trace(text, sites)
+        seen = mi.Model.load(model, adapter=adapter, dtype=dtype).trace(text, sites)
         rows = [("site", "axes", "shape", "mean norm over the last axis")]
         for read in seen.reads:
             value = seen[read]
@@ -143,6 +161,38 @@ def trace(
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         for row in rows:
             typer.echo("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+
+
+@app.command()
+def verify(
+    model: ModelArgument,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what is checked whenever a model is loaded.")] = False,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the checks here, too.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Check what every number rests on, on this model: sites, sums, edits, padding, batches, decoding.
+
+    The exit status is 1 if a check fails.
+    """
+    with _reported(debug):
+        from mechinterp.engine.runner import provenance
+        from mechinterp.engine.verify import HEAD, line
+        from mechinterp.report.files import check_file, encode, write_file
+
+        if file is not None:
+            check_file(file)
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, check=False)
+        typer.echo(f"{loaded}\n\n{HEAD}")
+        found = mi.verify(loaded, quick=quick, told=lambda check: typer.echo(line(check)))
+        if file is not None:
+            checks = [{**asdict(check), "passed": check.passed} for check in found.checks]
+            content = {**provenance(loaded), "adapter": adapter, "passed": found.passed, "checks": checks}
+            write_file(file, json.dumps(encode(content, "checks"), indent=1, allow_nan=False) + "\n")
+        typer.echo(f"\n{found.summary}")
+        if not found.passed:
+            raise typer.Exit(1)
 
 
 def _axes(site: "mi.Site") -> list[str]:
@@ -161,26 +211,44 @@ def _check_out(out: Path) -> None:
     check_study(out)
 
 
+def _analyzer(name: str, seed: int) -> "mi.Analyzer":
+    """An analyzer with its defaults, and the seed where it takes one.
+
+    Raises:
+        NeedsError: it has no default for something.
+    """
+    from mechinterp.analyzers import find
+
+    kind: Any = find(name)
+    options = inspect.signature(kind).parameters
+    if lacking := [option for option, p in options.items() if p.default is p.empty]:
+        raise NeedsError(
+            f"{name} must be given its {' and '.join(lacking)}, and the command line runs analyzers as they are;"
+            f" use it from Python: mi.run(model, examples, {kind.__name__}({', '.join(f'{o}=...' for o in lacking)}))"
+        )
+    return kind(seed=seed) if "seed" in options else kind()
+
+
 def _study(
-    name: str,
+    ways_in: tuple[str, str | None, str | None],
     examples: "mi.Examples",
-    chosen: list[Chosen],
+    chosen: Sequence[str],
     out: Path,
     title: str,
     seed: int,
     source: str,
     batch_size: int | None = None,
 ) -> None:
-    """Load, plan, run, summarize, write: what demo and run share."""
+    """Load (model, adapter, dtype), plan, run, summarize, write: what demo and run share."""
     from mechinterp.cli.summary import findings
     from mechinterp.report.study import write_study
 
+    analyzers = [_analyzer(each, seed) for each in chosen]
     begun = time.perf_counter()
-    model = mi.Model.load(name)
+    name, adapter, dtype = ways_in
+    model = mi.Model.load(name, adapter=adapter, dtype=dtype)
     typer.echo(f"{model}\n")
     loaded = time.perf_counter()
-    makers: list[Any] = [getattr(mi, ANALYZERS[c]) for c in chosen]
-    analyzers: list[mi.Analyzer] = [make(seed=seed) if make is mi.HeadRoles else make() for make in makers]
     plan = mi.plan(model, examples, analyzers, batch_size=batch_size)
     typer.echo(f"{plan}\n")
     results = mi.run(model, examples, analyzers, batch_size=batch_size, seed=seed, progress=True)

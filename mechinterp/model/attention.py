@@ -9,7 +9,7 @@ that layer alone.
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -26,7 +26,8 @@ from mechinterp.model.slices import PATTERN_KINDS, index
 from mechinterp.sites import Site
 
 PREFIX = "mechinterp_"
-PER_QUERY_HEAD = ("k", "k_normed", "k_rot", "v")
+_KEYS = ("k", "k_normed", "k_rot")
+PER_QUERY_HEAD = (*_KEYS, "v")
 """Kinds with a view repeated for each query head."""
 BLOCK_BYTES = 8 << 20
 """Size of one block of probabilities; blocks depend on shapes alone, so no analyzer moves another's numbers."""
@@ -48,6 +49,8 @@ class Pass:
     """(end, module path) → what went in or came out there, after everybody's writes, where something else needs it."""
     head_out: dict[int, Tensor] = field(default_factory=dict)
     """What heads write, by layer, where somebody changed it."""
+    written: set[Site] = field(default_factory=set)
+    """Where anybody writes in this pass."""
 
     def attention(self, layer: int) -> list["LayerWork"]:
         return [each for each in self.work if each.layer == layer]
@@ -301,6 +304,8 @@ def _per_query_head(
         return out.view(*out.shape[:2], -1, module.head_dim)
 
     def rotated(heads: Tensor) -> Tensor:
+        if not getattr(module, "use_rope", True):  # some families have layers without positions
+            return heads
         cos, sin = work[0].rotary(heads, position_ids)
         turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
         return turn(heads.transpose(1, 2), heads.transpose(1, 2), cos, sin)[1].transpose(1, 2)
@@ -312,7 +317,7 @@ def _per_query_head(
         return (kept(names[kind]) if new is None else new).repeat_interleave(module.num_key_value_groups, 2)
 
     keys: Tensor | None = None  # from the first write on
-    for kind in ("k", "k_normed", "k_rot"):
+    for kind in _KEYS:
         if keys is not None and kind == "k_normed" and hasattr(module, "k_norm"):
             keys = module.k_norm.forward(keys)
         if keys is not None and kind == "k_rot":
@@ -328,6 +333,22 @@ def _per_query_head(
     if keys is None and values is None:
         return None
     return None if keys is None else keys.transpose(1, 2), None if values is None else values.transpose(1, 2)
+
+
+def check_written(sites: Iterable[Site]) -> None:
+    """Raise where a key is written per query head, and after that for its whole group.
+
+    Raises:
+        SiteError: such a pair of writes; a group whose keys have come apart has no one key to write.
+    """
+    keys = [site for site in sites if site.kind in _KEYS]
+    for split in (site for site in keys if site.per_query_head):
+        for later in (site for site in keys if site.layer == split.layer and not site.per_query_head):
+            if _KEYS.index(later.kind) > _KEYS.index(split.kind):
+                raise SiteError(
+                    f"{later} cannot be written in a pass that writes {split.whole} per query head, after which a"
+                    " group has several keys; write both with per_query_head=True, or in two passes"
+                )
 
 
 def _explicit(

@@ -17,7 +17,7 @@ from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.errors import HookError, SiteError
 from mechinterp.model.architecture import Architecture, Dims, check
-from mechinterp.model.attention import PREFIX, Act, LayerWork, Pass, register
+from mechinterp.model.attention import PREFIX, Act, LayerWork, Pass, check_written, register
 from mechinterp.model.slices import PATTERN_KINDS, overwrite, real, select
 from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
@@ -139,6 +139,8 @@ class Attached:
         for site, _ in self.writes if state.batch.offset else ():
             if site.kind == "k_rot" or site.per_query_head:
                 raise SiteError(f"{site} cannot be written while generating: the cache holds it already; write k or v")
+        state.written |= {site for site, _ in self.writes}
+        check_written(state.written)
         self.now, self.passes = state, self.passes + 1
         self.values = {}
         if self.keep_steps:

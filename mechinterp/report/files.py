@@ -359,6 +359,39 @@ def whole_folder(path: str | Path, marker: str) -> Generator[Path, None, None]:
             shutil.rmtree(earlier, ignore_errors=True)
 
 
+def check_file(path: str | Path) -> Path:
+    """The real path of a file that can be written; one that is there already will be replaced.
+
+    Raises:
+        OutputError: it is a folder, or the folder above is not there or may not be written.
+    """
+    with explained(path):
+        target = Path(path).expanduser().resolve()
+        if target.is_dir():
+            raise OutputError(f"{path} is a folder; name a file in it")
+        if not target.parent.is_dir():
+            raise OutputError(f"cannot write {path}: there is no folder {target.parent}; make it, or name another file")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise OutputError(f"cannot write {path}: {target.parent} may not be written; name another file")
+    return target
+
+
+def write_file(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all; an earlier one is replaced.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    target = check_file(path)
+    scratch = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    with explained(path):
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            os.replace(scratch, target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def explained(path: str | Path) -> Generator[None, None, None]:
     """Turn an operating system's error into one sentence with the fix."""
