@@ -30,7 +30,8 @@ def test_every_site_matters_and_a_read_sees_what_was_written(model: mi.Model, id
     for site in model.sites:
 
         def edit(x: torch.Tensor, site: Site = site) -> torch.Tensor:  # norms undo a mere scaling
-            return x * 2 if site.kind == "scores" else x.roll(1, -1)
+            rolled = x.roll(1, -1)
+            return x * 2 if site.kind == "scores" else rolled.tril() if site.kind == "pattern" else rolled
 
         changed = model.trace(ids, [site, "logits"], interventions=[mi.Apply(site, edit)])
         assert (changed["logits"] - base["logits"]).abs().max() > 1e-3, site

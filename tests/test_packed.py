@@ -137,7 +137,7 @@ def test_the_base_runs_keys_and_values_are_never_written(model: mi.Model) -> Non
     for kind in ("k", "v", "k_rot", "resid_pre", "pattern"):
         for write in (None, mi.Zero):
             sweep = mi.Sweep(mi.logit_diff(), mi.Sites(kind), positions=("S2", "end"), write=write)
-            cells = packed._Sweeping(model, batch, sweep, packed.BUDGET, True, lambda what, n: None, 20)
+            cells = packed._Sweeping(model, batch, sweep, 20, lambda what, n: None, packed.BUDGET, True)
             before = {read: value.clone() for read, value in cells.base.values.items()}
             cells.run()
             assert all(torch.equal(value, before[read]) for read, value in cells.base.values.items())

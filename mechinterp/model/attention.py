@@ -355,7 +355,7 @@ def _explicit(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, work: list[LayerWork]
 ) -> tuple[Side, Tensor]:
     scores = Beside(query, key, mask, scaling).at("scores", slice(0, query.shape[2]))
-    hidden = scores < torch.finfo(scores.dtype).min / 2  # what a query cannot see stays unseen, whatever is written
+    hidden = scores < torch.finfo(scores.dtype).min / 2  # a score that is masked stays so, whatever is written
     for each in work:
         scores = each.edit("scores", scores)
     if any(each.edits["scores"] for each in work):
@@ -363,8 +363,13 @@ def _explicit(
     pattern = softmax(scores, query.dtype, mask is not None)
     for each in work:
         pattern = each.edit("pattern", pattern)
-    if any(each.edits["pattern"] for each in work):
-        pattern = pattern.masked_fill(hidden, 0.0)
+    if any(each.edits["pattern"] for each in work):  # nobody attends to the future, or to padding
+        state = work[0].state
+        assert state is not None
+        keys, queries = pattern.shape[3], pattern.shape[2]
+        future = torch.ones(queries, keys, dtype=torch.bool, device=pattern.device).triu(keys - queries + 1)
+        padding = ~state.batch.mask[:, None, None, -keys:].to(pattern.device)
+        pattern = pattern.masked_fill(future | padding, 0.0)
     batch, heads, queries, keys = pattern.shape
     grouped = pattern.reshape(batch, value.shape[1], -1, keys)
     out = (grouped @ value).view(batch, heads, queries, -1).transpose(1, 2).contiguous()
