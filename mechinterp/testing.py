@@ -16,7 +16,7 @@ from mechinterp.core.metrics import logit_diff
 from mechinterp.core.result import Part, Result
 from mechinterp.core.trace import Read
 from mechinterp.engine.runner import run
-from mechinterp.errors import ModelError, NeedsError
+from mechinterp.errors import MechinterpError, ModelError, NeedsError
 from mechinterp.model.architecture import FAMILIES
 from mechinterp.model.model import Model
 from mechinterp.sites import Sites
@@ -123,15 +123,21 @@ def check_analyzer(
     Raises:
         AssertionError: naming the analyzer, the model and the law that is broken.
     """
+    if isinstance(analyzer, type):
+        raise NeedsError(f"check_analyzer takes an analyzer, such as {analyzer.__name__}(), or a function of a model")
     pairs = ioi(7, seed=3) if examples is None else examples
     for model in models or [tiny(family) for family in FAMILIES]:
         mine = analyzer if isinstance(analyzer, Analyzer) else analyzer(model)
         case = _Case(mine, model, pairs, frozenset(ties) | {"p", "q"})
         before = case.state()
-        whole = case.declared_passes()
-        case.dropped_reads()
-        case.batches(whole)
-        case.company(whole)
+        try:
+            whole = case.declared_passes()
+            case.must(case.state() == before, "it left hooks, another attention kernel, or changed weights behind")
+            case.dropped_reads()
+            case.batches(whole)
+            case.company(whole)
+        except MechinterpError as error:
+            raise AssertionError(f"{mine.name} on {model.name}: {error}") from error
         case.failing(before)
         case.kept(whole)
         case.must(case.state() == before, "it left hooks, another attention kernel, or changed weights behind")
@@ -219,6 +225,11 @@ class _Case:
                 self.must(self.state() == before, f"an error in {method}() left hooks or changed weights behind")
 
     def kept(self, whole: Result) -> None:
+        for view in range(len(whole.views)):
+            try:
+                whole.figure(view)
+            except (MechinterpError, KeyError, ValueError) as error:
+                self.must(False, f"its figure {view} cannot be drawn: {error}")
         with tempfile.TemporaryDirectory() as folder:
             loaded = Result.load(whole.save(Path(folder) / "result"))
         self.must(loaded.data.identical(whole.data), "its result is another one after saving and loading")

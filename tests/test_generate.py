@@ -48,7 +48,7 @@ def test_what_cannot_be_done_while_generating(model: mi.Model, ids: list[list[in
     before = hook_count(model.hf)
     with pytest.raises(SiteError, match=r"k_rot.0 cannot be written while generating"):
         model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero("k_rot.0")])
-    with pytest.raises(SiteError, match=r"v.0 cannot be written while generating"):
+    with pytest.raises(SiteError, match=r"v.0 cannot be written per query head while generating"):
         model.generate(ids[0], max_new_tokens=3, interventions=[mi.Zero(sites.v(0, per_query_head=True))])
     with pytest.raises(SiteError, match="a cache of fixed length"):
         model.generate(ids[0], max_new_tokens=3, reads="q_rot.0", cache_implementation="static")
@@ -57,3 +57,44 @@ def test_what_cannot_be_done_while_generating(model: mi.Model, ids: list[list[in
     with pytest.raises(ExamplesError, match="one prompt"):
         model.generate(ids)
     assert hook_count(model.hf) == before
+
+
+def test_logits_are_written_and_read_at_every_position(model: mi.Model, ids: list[list[int]]) -> None:
+    """generate() itself asks for the last position alone."""
+    push = torch.zeros(model.dims.vocab)
+    push[5] = 1000.0
+    plain = model.generate(ids[0], max_new_tokens=4, reads=["logits", "final_norm"])
+    assert plain.trace["logits"].shape[1] == plain.trace["final_norm"].shape[1] == 12
+    early = model.generate(ids[0], max_new_tokens=4, interventions=mi.Add(sites.logits(positions=0), push))
+    assert early.tokens == plain.tokens
+    late = model.generate(ids[0], max_new_tokens=4, interventions=mi.Add(sites.logits(positions="end"), push))
+    assert late.tokens == (5, 5, 5, 5)
+
+
+def test_a_pattern_is_written_at_the_same_keys_as_in_a_full_pass(model: mi.Model, ids: list[list[int]]) -> None:
+    """Also where the cache of a sliding window has forgotten the first keys."""
+
+    def cut(pattern: torch.Tensor) -> torch.Tensor:
+        new = pattern.clone()
+        new[..., 7] = 0.0
+        return new
+
+    write = mi.Apply(sites.pattern(1), cut)
+    made = model.generate(ids[0], max_new_tokens=5, reads=["pattern.1", "resid_post.2"], interventions=write)
+    whole = model.trace([*ids[0], *made.tokens[:-1]], ["pattern.1", "resid_post.2"], interventions=write)
+    for site in ("pattern.1", "resid_post.2"):
+        torch.testing.assert_close(made.trace[site], whole[site], atol=1e-4, rtol=1e-4)
+
+
+def test_named_positions_are_known(model: mi.Model) -> None:
+    examples = mi.tasks.ioi(1)
+    write = mi.Zero(sites.resid_post(0, positions="S2"))
+    made = model.generate(examples, max_new_tokens=3, reads="resid_post.0", interventions=write)
+    zero = (made.trace["resid_post.0"][0] == 0).all(-1).nonzero().flatten().tolist()
+    assert zero == list(model.tokenize(examples).positions["S2"])
+
+
+@pytest.mark.parametrize("n", [0, 400])
+def test_more_tokens_than_there_is_room_for(llama: mi.Model, n: int) -> None:
+    with pytest.raises(ExamplesError, match=r"give from 1 to 253, which fills the context of 256"):
+        llama.generate([5, 6, 7], max_new_tokens=n)

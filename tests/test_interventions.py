@@ -297,3 +297,27 @@ def test_the_same_block_is_not_entered_twice(model: mi.Model, ids: list[list[int
         with block:
             assert not model.trace(ids, "pattern.0")["pattern.0"].any()
     assert model.kernel == kernel
+
+
+def test_what_would_be_lost_between_two_blocks_is_refused(model: mi.Model, ids: list[list[int]]) -> None:
+    inner = mi.Scale(sites.attn_out(1), 3.0)
+    with model.intervene(mi.Zero(sites.resid_mid(1))), pytest.raises(SiteError, match=r"inside a block .* resid_mid.1"):
+        model.trace(ids, "resid_mid.1", interventions=inner)
+    mid = model.trace(ids, "resid_mid.1", interventions=[mi.Zero(sites.resid_mid(1)), inner])["resid_mid.1"]
+    assert mid.abs().max() < 1e-4
+    for kind in ("k", "v"):
+        split = mi.Zero(Site(kind, 1, heads=2, per_query_head=True))
+        with pytest.raises(SiteError, match=r"cannot be read .* per query head, after which a group has several"):
+            model.trace(ids, Site(kind, 1), interventions=split)
+
+
+def test_values_that_are_no_tensors(model: mi.Model, ids: list[list[int]]) -> None:
+    base = model.trace(ids, "z.1")
+    added = model.trace(ids, "z.1", interventions=mi.Add(sites.z(1), 0.5))["z.1"]
+    torch.testing.assert_close(added, base["z.1"] + 0.5)
+    with pytest.raises(HookError, match=r"value of Replace must be a tensor, such as trace\[site\]. Got Trace"):
+        mi.Replace(sites.z(1), base)
+    with pytest.raises(HookError, match="returned NoneType; return a tensor of shape"):
+        logits(model, ids, mi.Apply(sites.z(1), lambda value: None))
+    with pytest.raises(HookError, match=r"Project does not fit resid_post.1"):
+        logits(model, ids, mi.Project(sites.resid_post(1), torch.ones(7)))

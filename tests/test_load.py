@@ -165,3 +165,36 @@ def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         mi.Model.load(str(path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_plainer_errors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="adapter, dtype, revision cannot be applied to a model that exists already"):
+        mi.Model.load(mi.testing.tiny("llama").hf, adapter="x", dtype="bfloat16", revision="main")
+    with pytest.raises(ModelError, match=r"wrap takes a Hugging Face model. Got int"):
+        mi.Model.wrap(3)
+    with pytest.raises(ModelError, match=r"device 'gpu' cannot be used here"):
+        mi.Model.load(str(folder), device="gpu")
+    gpt2 = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10, bos_token_id=0, eos_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(gpt2).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match="'gpt2' are not in the architecture table"):
+        mi.Model.load(str(tmp_path / "gpt2"))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a PEFT adapter; load its base model, with adapter="):
+        mi.Model.load(str(tmp_path / "lora"))
+    config = json.loads((copy(folder, tmp_path) / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"hidden_act": "bananas"}))
+    with pytest.raises(ModelError, match=r"bananas.*config.json names what this transformers does not know"):
+        mi.Model.load(str(tmp_path / "model"))
+
+
+def test_a_result_says_which_adapter_acted() -> None:
+    import peft
+
+    model = mi.Model.wrap(
+        peft.get_peft_model(mi.testing.tiny("llama").hf, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    )
+    on = model.fingerprint
+    with model.without_adapter():
+        assert model.fingerprint != on
+    assert model.fingerprint == on

@@ -16,7 +16,7 @@ from mechinterp.engine import packed
 from mechinterp.engine.forward import forward
 from mechinterp.engine.packed import sweep_packed, why_full
 from mechinterp.engine.sweep import source_reads, sweep_full
-from mechinterp.errors import NeedsError
+from mechinterp.errors import ExamplesError, NeedsError, SiteError
 from mechinterp.sites import Site
 
 WRITES: dict[str, Any] = {
@@ -200,3 +200,37 @@ def full_with(model: mi.Model, batch: TokenBatch, sweep: mi.Sweep) -> Any:
 def test_a_budget_too_small_for_one_example(llama: mi.Model) -> None:
     with pytest.raises(NeedsError, match=r"too small for one example of \d+ tokens.*give at least"):
         sweep_packed(llama, batch_of(llama), mi.Sweep(mi.logit_diff(), mi.sites.z()), budget=1000)
+
+
+@pytest.mark.parametrize("kind", ["resid_mid", "q_rot", "k_rot", "scores", "pattern", "z", "mlp_out", "logits"])
+def test_whatever_is_in_force_around_a_sweep_is_in_every_row(model: mi.Model, kind: str) -> None:
+    examples = mi.tasks.ioi(3, seed=3)
+    write = mi.Scale(Site(kind, None if kind == "logits" else 1), 0.3)
+    analyzer = mi.ActivationPatching("resid_pre", positions=("S2", "end"))
+    with model.intervene(write):
+        found = [mi.run(model, examples, analyzer, engine=engine).data["patched"] for engine in ("packed", "full")]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
+def test_what_may_carry_a_change_backwards_is_not_packed(llama: mi.Model) -> None:
+    def mix(site: Site) -> mi.Intervention:
+        return mi.Apply(site, lambda value: value.mean(1, keepdim=True).expand_as(value))
+
+    given = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(0), "each", given=(mix(Site("mlp_out", 0)),))
+    assert "earlier positions" in str(why_full(llama, given))
+    window = mi.Sweep(mi.logit_diff(), mi.sites.resid_post(), write=mix, base="clean", window=2)
+    assert "earlier ones" in str(why_full(llama, window))
+    assert why_full(llama, mi.Sweep(mi.logit_diff(), mi.sites.resid_post(), write=mix)) is None
+    assert "all tokens of 'IO'" in str(why_full(llama, mi.Sweep(mi.logit_diff("IO"), mi.sites.z()), ["IO"]))
+
+
+def test_cells_that_are_no_place(llama: mi.Model) -> None:
+    examples = mi.tasks.ioi(3)
+    for engine in ("packed", "full"):
+        for head in (-1, 99):
+            with pytest.raises(SiteError, match="heads 0 to 3"):
+                mi.run(llama, examples, mi.ActivationPatching("z", heads=(head,)), engine=engine)
+        with pytest.raises(ExamplesError, match=r"position 99 is outside every example; the longest has \d+"):
+            mi.run(llama, examples, mi.ActivationPatching("z", positions=(99,)), engine=engine)
+    with pytest.raises(NeedsError, match="must be a kind, such as 'resid_pre'"):
+        mi.ActivationPatching("resid_pre.3")

@@ -337,7 +337,7 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     small = tiny("llama", vocab_size=40)
     small.hf.save_pretrained(tmp_path / "model")
     small.tokenizer.save_pretrained(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"the tokenizer of .* is not this model's: token id \d+ is outside"):
+    with pytest.raises(ModelError, match=r"the tokenizer of .* is not this model's: its token ids go beyond"):
         mi.Model.load(str(tmp_path / "model"))
     os.remove(tmp_path / "model" / "tokenizer.json")
     os.remove(tmp_path / "model" / "tokenizer_config.json")
@@ -358,3 +358,23 @@ def test_smollm2(smollm2: mi.Model) -> None:
     found = mi.verify(smollm2)
     assert found.passed, str(found)
     assert sum(c.seconds for c in found.checks) < 180
+
+
+@pytest.mark.parametrize("where", ["batch", "padding", "weights"])
+def test_nothing_that_is_not_a_number_passes(where: str) -> None:
+    model = mi.testing.tiny("qwen3")
+    nan = float("nan")
+
+    def spoil(module: torch.nn.Module, args: Any) -> Any:
+        return (
+            (args[0] * nan, *args[1:]) if len(args[0]) > 1 or (where == "padding" and args[0].shape[1] > 20) else None
+        )
+
+    if where == "weights":
+        with torch.no_grad():
+            model.hf.model.layers[1].mlp.up_proj.weight.fill_(nan)
+    else:
+        model.hf.model.norm.register_forward_pre_hook(spoil)
+    failed = {check.name for check in mi.verify(model).checks if not check.passed}
+    assert any("batches" in name for name in failed)
+    assert ("up to 16 tokens of left padding change nothing" in failed) == (where != "batch")

@@ -12,7 +12,7 @@ from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import Array, summarize
 from mechinterp.core.trace import Read, Run
-from mechinterp.errors import ExamplesError
+from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Position
 
 UNITS = {
@@ -107,6 +107,11 @@ def _report(runs: Mapping[str, xr.Dataset], context: Context) -> Result:
     groups = {"all examples": np.ones(each.sizes["example"], bool)}
     if context.tokens.labels is not None:
         labels = np.array([str(label) for label in context.tokens.labels])
+        if "all examples" in labels or len(set(labels)) < len(set(context.tokens.labels)):
+            raise NeedsError(
+                "labels of Accuracy must differ as text, and none may be 'all examples', which names the whole set;"
+                " rename them"
+            )
         each = each.assign_coords(label=("example", labels))
         if len(set(labels)) > 1:
             groups |= {str(label): labels == label for label in dict.fromkeys(labels)}

@@ -12,7 +12,7 @@ from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.errors import NeedsError
-from mechinterp.sites import Position, Sites
+from mechinterp.sites import KINDS, Position, Sites
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class ActivationPatching(Analyzer):
     guard: float = 1e-3
 
     def __post_init__(self) -> None:
+        if self.site not in KINDS:
+            raise NeedsError(
+                f"The site of ActivationPatching must be a kind, such as 'resid_pre', with layers=, positions= and"
+                f" heads= beside it. Got {self.site!r}"
+            )
         if self.direction not in ("denoise", "noise"):
             raise NeedsError(
                 f"The direction of ActivationPatching must be 'denoise' or 'noise'. Got {self.direction!r}"

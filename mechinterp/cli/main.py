@@ -40,6 +40,7 @@ _WAYS_IN = "smollm2 (bundled), a folder, a .gguf file, or a hub id."
 ModelName = Annotated[str, typer.Option("--model", help=_WAYS_IN)]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_WAYS_IN)]
 Adapter = Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter on top: a folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option("--device", help="Such as cuda; the CPU by default.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Such as bfloat16; the checkpoint's own by default.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts, random tokens, bootstrap and permutations.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for tables, figures and the report.")]
@@ -96,6 +97,7 @@ def demo(
     seed: Seed = 0,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    device: Device = None,
     out: Out = Path("mechinterp-demo"),
     debug: Debug = False,
 ) -> None:
@@ -105,7 +107,7 @@ def demo(
         examples = mi.tasks.ioi(n=n, seed=seed)
         title = f"Indirect objects in {Path(model).name}: lens, direct attribution and head roles"
         source = f"mi.tasks.ioi(n={n}, seed={seed})"
-        _study((model, adapter, dtype), examples, STANDARD, out, title, seed, source)
+        _study((model, adapter, dtype, device), examples, STANDARD, out, title, seed, source)
 
 
 @app.command()
@@ -120,6 +122,7 @@ def run(
     seed: Seed = 0,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    device: Device = None,
     out: Out = Path("mechinterp-run"),
     debug: Debug = False,
 ) -> None:
@@ -134,7 +137,7 @@ def run(
             chosen.remove("direct-logit-attribution")
             typer.echo("direct-logit-attribution is left out: the examples have no answers", err=True)
         title = f"{examples.name} in {Path(model).name}"
-        _study((model, adapter, dtype), own, chosen, out, title, seed, str(examples), batch_size)
+        _study((model, adapter, dtype, device), own, chosen, out, title, seed, str(examples), batch_size)
 
 
 @app.command()
@@ -144,6 +147,7 @@ def trace(
     sites: Annotated[list[str], typer.Argument(help="Such as resid_post, pattern.5, z.10.h3@end.")],
     adapter: Adapter = None,
     dtype: Dtype = None,
+    device: Device = None,
     debug: Debug = False,
 ) -> None:
     """Just look: read sites in one pass, and show their axes, shapes and mean norms."""
@@ -152,7 +156,7 @@ def trace(
 
         for site in sites:
             resolve(site, 1)  # a typo is found before the model loads
-        seen = mi.Model.load(model, adapter=adapter, dtype=dtype).trace(text, sites)
+        seen = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device).trace(text, sites)
         rows = [("site", "axes", "shape", "mean norm over the last axis")]
         for read in seen.reads:
             value = seen[read]
@@ -169,6 +173,7 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Only what is checked whenever a model is loaded.")] = False,
     adapter: Adapter = None,
     dtype: Dtype = None,
+    device: Device = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the checks here, too.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -183,7 +188,7 @@ def verify(
 
         if file is not None:
             check_file(file)
-        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, check=False)
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device, check=False)
         typer.echo(f"{loaded}\n\n{HEAD}")
         found = mi.verify(loaded, quick=quick, told=lambda check: typer.echo(line(check)))
         if file is not None:
@@ -230,7 +235,7 @@ def _analyzer(name: str, seed: int) -> "mi.Analyzer":
 
 
 def _study(
-    ways_in: tuple[str, str | None, str | None],
+    ways_in: tuple[str, str | None, str | None, str | None],
     examples: "mi.Examples",
     chosen: Sequence[str],
     out: Path,
@@ -239,14 +244,14 @@ def _study(
     source: str,
     batch_size: int | None = None,
 ) -> None:
-    """Load (model, adapter, dtype), plan, run, summarize, write: what demo and run share."""
+    """Load (model, adapter, dtype, device), plan, run, summarize, write: what demo and run share."""
     from mechinterp.cli.summary import findings
     from mechinterp.report.study import write_study
 
     analyzers = [_analyzer(each, seed) for each in chosen]
     begun = time.perf_counter()
-    name, adapter, dtype = ways_in
-    model = mi.Model.load(name, adapter=adapter, dtype=dtype)
+    name, adapter, dtype, device = ways_in
+    model = mi.Model.load(name, adapter=adapter, dtype=dtype, device=device)
     typer.echo(f"{model}\n")
     loaded = time.perf_counter()
     plan = mi.plan(model, examples, analyzers, batch_size=batch_size)

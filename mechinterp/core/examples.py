@@ -118,6 +118,8 @@ class Examples:
         add_generation_prompt: bool = True,
     ) -> "Examples":
         """Conversations as lists of ``{"role": ..., "content": ...}``; no second BOS is ever added."""
+        if not all(isinstance(m, Mapping) for messages in conversations for m in messages):
+            raise ExamplesError('a conversation must be a list of {"role": ..., "content": ...}. Got something else')
         chats = [
             Chat(tuple((m["role"], m["content"]) for m in messages), add_generation_prompt)
             for messages in conversations
@@ -291,6 +293,8 @@ def _encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple
         special = True
         if isinstance(text, Chat):
             messages = [{"role": role, "content": content} for role, content in text.messages]
+            if not getattr(tokenizer, "chat_template", None):
+                raise ExamplesError(f"{name} is a chat, and this tokenizer has no chat template; give its text")
             text = str(
                 tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=text.add_generation_prompt

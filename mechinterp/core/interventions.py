@@ -6,7 +6,8 @@ its axis. Several interventions at one site act in the order given; reads see wh
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,8 +40,12 @@ class Replace(Intervention):
     With an axis of examples in front (as many axes as the slice), its rows follow the examples' order.
     """
 
-    value: Tensor
+    value: Any
+    """A tensor, or a number."""
     rows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _as_tensor(self, "value")
 
     def __call__(self, value: Tensor) -> Tensor:
         return _of_rows(self.value, self.rows, value).to(value).expand_as(value)
@@ -53,8 +58,12 @@ class Replace(Intervention):
 class Add(Intervention):
     """Add `value` (broadcast to the slice); with an axis of examples as in `Replace`."""
 
-    value: Tensor
+    value: Any
+    """A tensor, or a number."""
     rows: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _as_tensor(self, "value")
 
     def __call__(self, value: Tensor) -> Tensor:
         return value + _of_rows(self.value, self.rows, value).to(value)
@@ -90,6 +99,9 @@ class Mean(Intervention):
     """
 
     reference: Tensor
+
+    def __post_init__(self) -> None:
+        _as_tensor(self, "reference")
 
     def __call__(self, value: Tensor) -> Tensor:
         site = resolve(self.site, 1)[0]
@@ -149,11 +161,28 @@ class Apply(Intervention):
 
     fn: Callable[[Tensor], Tensor]
 
-    def __call__(self, value: Tensor) -> Tensor:
+    def __call__(self, value: Tensor) -> Any:
         return self.fn(value)
 
 
-def _of_rows(value: Tensor, rows: tuple[int, ...], part: Tensor) -> Tensor:
+def _as_tensor(intervention: Intervention, name: str) -> None:
+    """A field as a tensor; numbers become one.
+
+    Raises:
+        HookError: it is something else.
+    """
+    value = getattr(intervention, name)
+    if isinstance(value, Real):
+        value = torch.tensor(float(value))
+    if not isinstance(value, Tensor):
+        raise HookError(
+            f"The {name} of {type(intervention).__name__} must be a tensor, such as trace[site]."
+            f" Got {type(value).__name__}"
+        )
+    object.__setattr__(intervention, name, value)
+
+
+def _of_rows(value: Any, rows: tuple[int, ...], part: Tensor) -> Tensor:
     """The rows of a value that has one for every example; any other value as it is."""
     if not rows or value.ndim != part.ndim or value.shape[0] == 1:
         return value

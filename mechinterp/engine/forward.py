@@ -159,9 +159,15 @@ def generate(
         raise ExamplesError(
             "reads while generating follow one sequence with its cache; leave beams and use_cache alone"
         )
+    if max_new_tokens < 1 or batch.ids.shape[1] + max_new_tokens > model.dims.context:
+        raise ExamplesError(
+            f"max_new_tokens={max_new_tokens} after {batch.ids.shape[1]} tokens does not fit; give from 1 to"
+            f" {model.dims.context - batch.ids.shape[1]}, which fills the context of {model.dims.context}"
+        )
     if model.dims.n_labels is not None:
         raise ExamplesError(f"{model.name} is a classifier, which generates nothing; use trace or run")
     attached = Attached(model.hf, model.arch, model.dims, interventions, wanted, keep_steps=True)
+    attached.known = batch
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens, **options}
     if getattr(model.hf.generation_config, "pad_token_id", None) is None:
         settings.setdefault("pad_token_id", 0)

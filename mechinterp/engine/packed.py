@@ -7,14 +7,14 @@ there already is not run; and after the last layer only the metric's columns go 
 are one matrix for every linear layer, and the model's own modules do the arithmetic.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Sweep, Swept
-from mechinterp.core.interventions import Apply
+from mechinterp.core.interventions import Add, Mean, Noise, Project, Replace, Scale, Steer, Zero
 from mechinterp.core.metrics import Function
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.cells import Cells, Rows
@@ -22,6 +22,7 @@ from mechinterp.engine.flight import Flight, Runs
 from mechinterp.engine.forward import score
 from mechinterp.engine.sweep import Grid
 from mechinterp.errors import NeedsError
+from mechinterp.model.attention import PREFIX
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS
 from mechinterp.sites import KINDS, resolve
@@ -32,8 +33,16 @@ BUDGET = 1 << 30
 _LAST = ("final_norm", "logits")
 
 
-def why_full(model: Model, sweep: Sweep) -> str | None:
-    """Why a sweep takes one whole pass for each row; None when it can be packed."""
+_FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer)
+"""Interventions that make of each position what does not depend on the others; a user's own may."""
+
+
+def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | None:
+    """Why a sweep takes one whole pass for each row; None when it can be packed.
+
+    Args:
+        spans: names that the examples give to several tokens.
+    """
     if sweep.edits:
         return "inputs are edited"
     written = [*resolve(sweep.sites, model.dims.n_layers)]
@@ -51,6 +60,18 @@ def why_full(model: Model, sweep: Sweep) -> str | None:
         return "rows are read"
     if sweep.metric is not None and sweep.metric.positions is None:
         return f"{type(sweep.metric).__name__} needs logits at every position"
+    if sweep.metric is not None and sweep.metric.positions in spans:
+        return f"{type(sweep.metric).__name__} needs logits at all tokens of {sweep.metric.positions!r}"
+    example = next(iter(Grid.of(sweep, model, 1)))[0]
+    mixing = [one for one in sweep.given if not isinstance(one, _FIXED)]
+    if any(s.positions != "end" and not isinstance(s.positions, int) for one in mixing for s in resolve(one.site, 1)):
+        return "what is given may carry a change to earlier positions"
+    several = example.positions != "end" and not isinstance(example.positions, int) and sweep.positions != "each"
+    function = sweep.write is not None and not isinstance(sweep.write(example), _FIXED)
+    if function and several and (sweep.window > 1 or sweep.given):
+        return "a function of several positions, in several layers, may carry a change to earlier ones"
+    if str(model.hf.config._attn_implementation).startswith(PREFIX):
+        return "an intervention in force around it must see every row"
     tops = (model.hf, model.hf.get_submodule(model.arch.base))  # a hook there sees unedited runs, and no rows
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules() if m not in tops):
         return "hooks, or interventions in force around it, must see every row"
@@ -106,8 +127,8 @@ def packed_cost(model: Model, batch: TokenBatch, sweep: Sweep) -> tuple[int, int
 
 def _applies(sweep: Sweep, model: Model) -> bool:
     """Whether any write is a user's function."""
-    writes = [] if sweep.write is None else [sweep.write(resolve(sweep.sites, model.dims.n_layers)[0])]
-    return any(isinstance(write, Apply) for write in (*sweep.given, *writes))
+    writes = [] if sweep.write is None else [sweep.write(next(iter(Grid.of(sweep, model, 1)))[0])]
+    return any(not isinstance(write, _FIXED) for write in (*sweep.given, *writes))
 
 
 def _examples_at_once(model: Model, sweep: Sweep, batch: TokenBatch, budget: int) -> int:
@@ -119,13 +140,20 @@ def _examples_at_once(model: Model, sweep: Sweep, batch: TokenBatch, budget: int
     for site in {s for group in Grid.of(sweep, model).groups for s in group}:
         sizes = [widths.get(axis, 1) for axis in KINDS[site.kind].axes]
         per_token += int(np.prod(sizes)) * (1 if sweep.patches else 2)
-    each = per_token * item * int(batch.lengths.max())
+    each = max(per_token * item, _bytes_in_flight(model)) * int(batch.lengths.max())
     if each * 2 > budget:
         raise NeedsError(
-            f"a budget of {budget / 1e6:.0f} MB is too small for one example of {int(batch.lengths.max())} tokens,"
-            f" whose base run alone keeps {each / 1e6:.0f} MB; give at least {2 * each / 1e6:.0f} MB"
+            f"a budget of {budget / 1e6:.3g} MB is too small for one example of {int(batch.lengths.max())} tokens,"
+            f" whose base run, or one row, takes {each / 1e6:.3g} MB; give at least {2 * each / 1e6:.3g} MB"
         )
     return max(1, min(len(batch), budget // (2 * each)))
+
+
+def _bytes_in_flight(model: Model) -> int:
+    """What one token takes at the widest place of a layer."""
+    d = model.dims
+    attention = 5 * d.n_heads * d.d_head + 4 * d.n_kv_heads * d.d_head
+    return (4 * d.d_model + max(attention, 4 * d.d_mlp)) * model.dtype.itemsize
 
 
 class _Sweeping(Runs):
@@ -165,11 +193,9 @@ class _Sweeping(Runs):
 
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
         """Whole cells, early layers first, as many as fit into what the caches leave of the budget."""
-        d, item = self.model.dims, self.model.dtype.itemsize
         passes = [self.base] if self.source is None else [self.base, self.source]
         caches = sum(v.numel() * v.element_size() for one in passes for v in one.values.values())
-        attention = 5 * d.n_heads * d.d_head + 4 * d.n_kv_heads * d.d_head
-        room = max(1, (self.budget - caches) // ((4 * d.d_model + max(attention, 4 * d.d_mlp)) * item))
+        room = max(1, (self.budget - caches) // _bytes_in_flight(self.model))
         rows = rows.take(np.lexsort((rows.cell, rows.enters)))
         firsts = np.nonzero(np.diff(rows.cell, prepend=-1))[0]  # a cell's examples are neighbours
         sizes = np.add.reduceat(rows.length - rows.start, firsts) if len(rows) else firsts

@@ -4,8 +4,9 @@
 them; the runner carries them out.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,8 @@ from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Read, Run
 from mechinterp.engine.packed import packed_cost, why_full
-from mechinterp.engine.sweep import row_count, source_reads
-from mechinterp.errors import MechinterpError, NeedsError
+from mechinterp.engine.sweep import Grid, row_count, source_reads
+from mechinterp.errors import ExamplesError, MechinterpError, NeedsError
 from mechinterp.model.architecture import check
 from mechinterp.model.model import Model, as_examples
 from mechinterp.sites import KINDS, Site, Sites, resolve
@@ -62,13 +63,17 @@ class Round:
 _RUNS: tuple[Run, ...] = ("clean", "corrupted")
 
 
-def compile_round(model: Model, analyzers: Sequence[Analyzer], engine: str = "packed") -> Round:
+def compile_round(
+    model: Model, analyzers: Sequence[Analyzer], engine: str = "packed", tokens: Tokens | None = None
+) -> Round:
     """Merge what the analyzers need. Equal reads, gradients, sweeps and examples are done once.
 
     Args:
         engine: ``"packed"`` where that can be, or ``"full"``.
+        tokens: all examples, where there are any.
     Raises:
         SiteError: an analyzer needs a site that the model lacks; the message names the analyzer.
+        ExamplesError: a sweep's position lies outside every example.
     """
     layers = model.dims.n_layers
     needs: list[Needs] = []
@@ -95,9 +100,9 @@ def compile_round(model: Model, analyzers: Sequence[Analyzer], engine: str = "pa
                     grads.setdefault((grad.metric, grad.of), {})[site] = None
                 _compare(grad.metric, metrics)
             for sweep in need.sweeps.values():
-                for site in (*resolve(sweep.sites, layers), *sweep.reads):
-                    check(site, model.arch, model.dims)
-                sweeps[sweep] = "engine='full' was asked for" if engine == "full" else why_full(model, sweep)
+                _check_sweep(model, sweep, tokens)
+                spans = () if tokens is None else tokens.spans
+                sweeps[sweep] = "engine='full' was asked for" if engine == "full" else why_full(model, sweep, spans)
                 if sweeps[sweep] is None:
                     continue  # it makes passes of its own, over as many examples as fit its budget
                 for read in source_reads(sweep, model):
@@ -123,6 +128,22 @@ def compile_round(model: Model, analyzers: Sequence[Analyzer], engine: str = "pa
         {key: tuple(s) for key, s in grads.items()},
         sweeps,
     )
+
+
+def _check_sweep(model: Model, sweep: Sweep, tokens: Tokens | None) -> None:
+    """Raise unless every cell is a place in the model and in some example."""
+    for site in sweep.reads:
+        check(site, model.arch, model.dims)
+    if sweep.edits:
+        return
+    grid = Grid.of(sweep, model, 1)
+    for group, head in itertools.product(grid.groups, grid.heads):
+        for site in group:
+            check(site if head is None else replace(site, heads=head), model.arch, model.dims)
+    longest = 0 if tokens is None else max(tokens.lengths)
+    for position in sweep.positions if isinstance(sweep.positions, tuple) else (sweep.positions,):
+        if tokens is not None and isinstance(position, int) and not -longest <= position < longest:
+            raise ExamplesError(f"position {position} is outside every example; the longest has {longest} tokens")
 
 
 def _compare(metric: Metric, metrics: dict[Run, dict[Metric, None]]) -> None:
@@ -189,7 +210,7 @@ class Plan:
         ]
 
     def _total(self) -> str:
-        return f"total {self.token_layers:,} token-layers"
+        return f"total {self.token_layers:,} tokens × layers in the first round; an analyzer may ask for another"
 
 
 _HEAD = ("pass", "run", "examples", "batches", "layers", "reads", "rows", "token-layers", "held", "shared by")
@@ -210,7 +231,7 @@ def plan(
     """
     chosen = [analyzers] if isinstance(analyzers, Analyzer) else list(analyzers)
     tokens = None if examples is None else model.tokenize(as_examples(examples))
-    return describe(model, tokens, compile_round(model, chosen, engine), batch_size)
+    return describe(model, tokens, compile_round(model, chosen, engine, tokens), batch_size)
 
 
 def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int | None) -> Plan:

@@ -185,7 +185,7 @@ def _options(analyzer: Analyzer) -> dict[str, str]:
 
 
 def _round(state: Run, analyzers: list[Analyzer], number: int) -> list["Result | Analyzer"]:
-    work = compile_round(state.model, analyzers, state.engine)
+    work = compile_round(state.model, analyzers, state.engine, state.tokens)
     if state.progress is not None:
         state.progress.begin(describe(state.model, state.tokens, work, state.batch_size), number)
     if work.uses_examples and state.tokens is None:
@@ -328,7 +328,7 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         return sweep_full(model, batch, one, source, clean, passed, tick_rows)
 
     def rerun(one: Sweep) -> Swept:
-        if state.engine == "packed" and why_full(model, one) is None:
+        if state.engine == "packed" and why_full(model, one, batch.spans) is None:
             return sweep_packed(model, batch, one, budget=state.budget, tick=tick_packed)
         extra = {name: list(p.values.items()) for name, p in passed.items()}
         runs: dict[str, Passed] = {}

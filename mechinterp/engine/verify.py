@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Apply
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
@@ -190,7 +191,10 @@ def _prompts(model: Model) -> list[tuple[int, ...]]:
     """Eight prompts of different length: text where there is a tokenizer, random tokens where there is none."""
     if model.tokenizer is not None:
         try:
-            return list(model.tokenize(list(_TEXTS)).ids)
+            ids = Examples.of(_TEXTS).tokenize(model.tokenizer).ids
+            if all(0 <= i < model.dims.vocab for row in ids for i in row):
+                return [row[: model.dims.context // 2 or 1] for row in ids]
+            raise ExamplesError(f"its token ids go beyond the vocabulary of {model.dims.vocab}")
         except ExamplesError as error:
             raise ModelError(f"the tokenizer of {model.name} is not this model's: {error}") from error
     draw = torch.Generator().manual_seed(0)
@@ -229,7 +233,12 @@ def _off(found: Tensor, expected: Tensor) -> float:
     gap = (found.float() - expected.to(found.device).float()).abs()
     gap = gap.masked_fill(found.isneginf() & expected.to(found.device).isneginf(), 0.0)
     scale = expected.float().masked_fill(expected.isinf(), 0.0).abs().max()
-    return float(gap.max() / scale.clamp(min=1e-12))
+    return _largest(gap / scale.clamp(min=1e-12))
+
+
+def _largest(gap: Tensor) -> float:
+    """The largest of some differences; a NaN among them is as large as can be."""
+    return float("inf") if bool(gap.isnan().any()) else float(gap.max())
 
 
 def _quick(model: Model) -> Iterator[Check]:
@@ -244,7 +253,7 @@ def _quick(model: Model) -> Iterator[Check]:
     broken = [str(r.site) for r, v in values.items() if r.site.kind != "scores" and not bool(v.isfinite().all())]
     yield Check("all values are finite", len(broken), "sites", 0, ", ".join(broken[:3]))
     logits, bare = values[Read(Site("logits"))], _bare(model, batch)
-    differ = float((logits.float() - bare.float()).abs().max())
+    differ = _largest((logits.float() - bare.float()).abs())
     yield Check("logits of a hooked pass are the bare model's, to the bit", differ, "logits", 0)
 
     def at(kind: str, layer: int | None = None) -> Tensor:
@@ -272,11 +281,11 @@ def _oracles(model: Model) -> Iterator[Check]:
     resid, pattern = [[Site(kind, i) for i in range(model.dims.n_layers)] for kind in ("resid_pre", "pattern")]
     values = forward(model, batch, [Read(site) for site in [*resid, *pattern]]).values
     states = _base(model)(batch.ids, use_cache=False, output_hidden_states=True).hidden_states
-    gaps = [float((values[Read(s)].float() - states[i].float()).abs().max()) for i, s in enumerate(resid)]
+    gaps = [_largest((values[Read(s)].float() - states[i].float()).abs()) for i, s in enumerate(resid)]
     yield Check("residual streams are transformers' hidden states, to the bit", max(gaps), "activation", 0)
     with _eager(model):
         eager = _base(model)(batch.ids, use_cache=False, output_attentions=True).attentions
-    worst = max(float((values[Read(s)] - eager[i]).abs().max()) for i, s in enumerate(pattern))
+    worst = max(_largest((values[Read(s)] - eager[i]).abs()) for i, s in enumerate(pattern))
     yield Check("patterns are those of transformers' eager attention", worst, "probability", tolerance)
 
 
@@ -309,7 +318,7 @@ def _silent(model: Model, sites: Sequence[Site]) -> list[str]:
     same = [Apply(site, torch.clone) for site in sites]  # so that both passes take the same kernels
     moved = [Apply(site, _perturb(site, row)) for row, site in enumerate(sites)]
     base, other = (forward(model, batch, [end], writes=writes).values[end] for writes in (same, moved))
-    still = (base == other).all(-1).tolist()
+    still = ((base == other).all(-1) | other.isnan().any(-1)).tolist()
     return [_named(site) for site, unmoved in zip(sites, still, strict=True) if unmoved]
 
 
@@ -382,7 +391,7 @@ def _decoding(model: Model) -> Iterator[Check]:
     if model.dims.n_labels is not None:
         return
     last = model.dims.n_layers - 1
-    reads = [Read(s) for s in (Site("k", last), Site("pattern", last), Site("resid_post", last), Site("final_norm"))]
+    reads = [Read(s) for s in (Site("k", last), Site("pattern", last), Site("resid_post", last), Site("logits"))]
     ids = _prompts(model)[3]
     made = generate(model, [ids], 8, [r.sites for r in reads], (), {"eos_token_id": None})
     whole = forward(model, _one(model, [*ids, *made.tokens[:-1]]), reads).values

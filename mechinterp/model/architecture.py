@@ -252,7 +252,14 @@ def _differences(hf: nn.Module, arch: Architecture, sparse: frozenset[int] = fro
             # What has no weights is nobody's site (an activation, say).
             have = {name for name, child in module.named_children() if any(True for _ in child.parameters())}
             extra, lost = sorted(have - names), sorted(names - {name for name, _ in module.named_children()})
+            lost += [
+                f"a bias of {n}_proj" for n in sorted(arch.biases) if inside == "self_attn" and _unbiased(module, n)
+            ]
             parts = [f"has {', '.join(extra)}"] * bool(extra) + [f"lacks {', '.join(lost)}"] * bool(lost)
             if parts:
                 seen[f"layers.N{'.' * bool(inside)}{inside} {' and '.join(parts)}"] = None
     yield from seen
+
+
+def _unbiased(attention: Any, name: str) -> bool:
+    return getattr(getattr(attention, f"{name}_proj", None), "bias", None) is None

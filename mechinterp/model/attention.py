@@ -49,8 +49,12 @@ class Pass:
     """(end, module path) → what went in or came out there, after everybody's writes, where something else needs it."""
     head_out: dict[int, Tensor] = field(default_factory=dict)
     """What heads write, by layer, where somebody changed it."""
+    read: set[Site] = field(default_factory=set)
     written: set[Site] = field(default_factory=set)
     """Where anybody writes in this pass."""
+
+    mids: dict[int, object] = field(default_factory=dict)
+    """Who wrote resid_mid, by layer."""
 
     def attention(self, layer: int) -> list["LayerWork"]:
         return [each for each in self.work if each.layer == layer]
@@ -335,13 +339,22 @@ def _per_query_head(
     return None if keys is None else keys.transpose(1, 2), None if values is None else values.transpose(1, 2)
 
 
-def check_written(sites: Iterable[Site]) -> None:
-    """Raise where a key is written per query head, and after that for its whole group.
+def check_written(sites: Iterable[Site], read: Iterable[Site] = ()) -> None:
+    """Raise where a key or value is written per query head, and then written or read for its whole group.
 
     Raises:
-        SiteError: such a pair of writes; a group whose keys have come apart has no one key to write.
+        SiteError: such a pair; a group that has come apart has no one key or value.
     """
-    keys = [site for site in sites if site.kind in _KEYS]
+    written = list(sites)
+    for split in (site for site in written if site.per_query_head):
+        later = ("v",) if split.kind == "v" else _KEYS[_KEYS.index(split.kind) :]
+        for site in read:
+            if site.layer == split.layer and site.kind in later and not site.per_query_head:
+                raise SiteError(
+                    f"{site} cannot be read in a pass that writes {split.whole} per query head, after which a group"
+                    " has several; read it with per_query_head=True"
+                )
+    keys = [site for site in written if site.kind in _KEYS]
     for split in (site for site in keys if site.per_query_head):
         for later in (site for site in keys if site.layer == split.layer and not site.per_query_head):
             if _KEYS.index(later.kind) > _KEYS.index(split.kind):
@@ -356,16 +369,24 @@ def _explicit(
 ) -> tuple[Side, Tensor]:
     scores = Beside(query, key, mask, scaling).at("scores", slice(0, query.shape[2]))
     hidden = scores < torch.finfo(scores.dtype).min / 2  # a score that is masked stays so, whatever is written
-    for each in work:
-        scores = each.edit("scores", scores)
+    state = work[0].state
+    assert state is not None
+    forgotten = state.batch.mask.shape[1] - scores.shape[3]  # by a window's cache; writes count from the first token
+
+    def edited(kind: str, value: Tensor) -> Tensor:
+        if not any(each.edits[kind] for each in work):
+            return value
+        fill = 0.0 if kind == "pattern" else float("-inf")
+        whole = torch.nn.functional.pad(value, (forgotten, 0), value=fill)
+        for each in work:
+            whole = each.edit(kind, whole)
+        return whole[..., forgotten:]
+
+    scores = edited("scores", scores)
     if any(each.edits["scores"] for each in work):
         scores = scores.masked_fill(hidden, float("-inf"))
-    pattern = softmax(scores, query.dtype, mask is not None)
-    for each in work:
-        pattern = each.edit("pattern", pattern)
+    pattern = edited("pattern", softmax(scores, query.dtype, mask is not None))
     if any(each.edits["pattern"] for each in work):  # nobody attends to the future, or to padding
-        state = work[0].state
-        assert state is not None
         keys, queries = pattern.shape[3], pattern.shape[2]
         future = torch.ones(queries, keys, dtype=torch.bool, device=pattern.device).triu(keys - queries + 1)
         padding = ~state.batch.mask[:, None, None, -keys:].to(pattern.device)

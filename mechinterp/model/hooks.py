@@ -6,6 +6,7 @@ order given, then reads, so reads see what was written. Nested attachments act f
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -62,6 +63,8 @@ class Attached:
         self.captured: dict[Site, Tensor] = {}
         self.steps: list[dict[Read, Tensor]] = []
         self.keep_steps = keep_steps
+        self.known: TokenBatch | None = None
+        """What is known of the one prompt of calls that somebody else makes: named positions and spans."""
         self.passes = 0
         self.now: Pass | None = None
         self._reached: set[Site] = set()
@@ -108,6 +111,8 @@ class Attached:
         if self.stop is not None:
             place = self.arch.place(self.stop)
             (ins if place.end == "in" else outs)[place.path].append(_stop)
+        if any(s.kind == "logits" for s in (*(s for s, _ in self.writes), *(r.site for r in self.reads))):
+            self._handles.append(self.hf.register_forward_pre_hook(_all_logits, with_kwargs=True))
         base = self.hf.get_submodule(self.arch.base)
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
         for path, acts in ins.items():
@@ -135,12 +140,17 @@ class Attached:
         cache = kwargs.get("past_key_values")
         if self._work and getattr(cache, "is_compileable", False):
             raise SiteError("inside attention, a cache of fixed length cannot be read or written; use a dynamic one")
-        state = kwargs.get("mechinterp") or Pass(_batch_of_call(args, kwargs))
+        state = kwargs.get("mechinterp") or Pass(_batch_of_call(args, kwargs, self.known))
         for site, _ in self.writes if state.batch.offset else ():
             if site.kind == "k_rot" or site.per_query_head:
-                raise SiteError(f"{site} cannot be written while generating: the cache holds it already; write k or v")
+                view = " per query head" if site.per_query_head else ""
+                raise SiteError(
+                    f"{site} cannot be written{view} while generating: the cache holds it already; write the"
+                    f" {'group' if view else 'projection'}'s own, {site.kind[0]}.{site.layer}"
+                )
         state.written |= {site for site, _ in self.writes}
-        check_written(state.written)
+        state.read |= {read.site for read in self.reads} | set(self.grads)
+        check_written(state.written, state.read)
         self.now, self.passes = state, self.passes + 1
         self.values = {}
         if self.keep_steps:
@@ -201,6 +211,7 @@ class Attached:
             entering = self._kept("in", self.arch.layer(layer), ins)
 
             def mid(state: Pass, attn_out: Tensor) -> Tensor:
+                state.mids[layer] = self
                 old = state.kept[entering] + attn_out
                 return attn_out + (edit(state, old) - old)
 
@@ -282,6 +293,11 @@ class Attached:
 
     def _edit(self, site: Site, write: Intervention) -> Act:
         def act(state: Pass, value: Tensor) -> Tensor:
+            if site.kind == "attn_out" and state.mids.get(site.layer or 0, self) is not self:
+                raise SiteError(
+                    f"{site} cannot be written inside a block that writes resid_mid.{site.layer}, which comes after"
+                    " it; give both to one intervene()"
+                )
             where = state.batch.where(site.positions, strict=not state.lenient)
             if where is None and state.batch.left_padded and site.kind not in PATTERN_KINDS:
                 where = real(state.batch)  # so that a slice starts at the first real token
@@ -336,11 +352,16 @@ def route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(logits.dtype), top.indices
 
 
+def _all_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """generate() asks for the last position's logits alone; a site has all."""
+    return (args, kwargs | {"logits_to_keep": 0}) if "logits_to_keep" in kwargs else None
+
+
 def _stop(state: Pass, value: Tensor) -> Tensor:
     raise Stop
 
 
-def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenBatch:
+def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: TokenBatch | None) -> TokenBatch:
     """The batch of a call that somebody else made: Hugging Face's generate, or a user's own."""
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None:
@@ -351,4 +372,7 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenBatch:
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2:  # generate may have made one for each kind of layer
         mask = torch.ones((ids.shape[0], offset + ids.shape[1]), device=ids.device)
-    return TokenBatch(ids, mask.bool(), offset=offset)
+    batch = TokenBatch(ids, mask.bool(), offset=offset)
+    if known is None or len(batch) != 1:
+        return batch
+    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans)

@@ -99,7 +99,14 @@ def load_hf(
         )
     hf = hf.eval()
     if device_map is None:
-        hf = hf.to(device or "cpu")
+        try:
+            hf = hf.to(device or "cpu")
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ModelError(
+                f"device {device!r} cannot be used here ({_first_line(error)}); give 'cpu', or one that torch has"
+            ) from error
     return Loaded(hf, tokenizer, None if part is None else _attach(hf, part, name))
 
 
@@ -119,7 +126,7 @@ def _classifies(name: str, config: Any) -> bool:
         ModelError: it was saved from something that is neither a causal LM nor a sequence classifier.
     """
     kinds = [str(kind) for kind in getattr(config, "architectures", None) or ()]
-    if kinds and not any(kind.endswith((CLASSIFIER, CAUSAL)) for kind in kinds):
+    if kinds and not any(kind.endswith((CLASSIFIER, CAUSAL, "LMHeadModel")) for kind in kinds):
         raise ModelError(
             f"{name!r} is a {kinds[0]}, which is neither a causal language model (…{CAUSAL}) nor a sequence"
             f" classifier (…{CLASSIFIER}); give one of these"
@@ -181,8 +188,14 @@ def _adapter(adapter: str) -> _Adapter:
             raise ModelError(f"there is no folder {adapter}; give the folder of a PEFT adapter, or its hub id")
         from huggingface_hub import snapshot_download
 
-        with _quietly(False), _explained(adapter, adapter, False):
-            path = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", "*.safetensors"]))
+        try:
+            with _quietly(False):
+                path = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", "*.safetensors"]))
+        except Exception as error:
+            raise ModelError(
+                f"{adapter!r} is no folder, and the hub gave no adapter of that name: {_first_line(error)}; give the"
+                " folder of a PEFT adapter, or check the name, the network, or your token"
+            ) from error
     file = path / "adapter_model.safetensors"
     if not (path / "adapter_config.json").is_file():
         raise ModelError(f"{adapter} has no adapter_config.json; give the folder that PEFT's save_pretrained wrote")
@@ -229,8 +242,8 @@ def _attach(hf: Any, adapter: _Adapter, name: str) -> Any:
                 hf, str(adapter.folder), is_trainable=False, autocast_adapter_dtype=False
             )
     except Exception as error:
-        lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
-        raise ModelError(wrong.format((lines[-1] if lines else type(error).__name__)[:200])) from error
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ModelError(wrong.format(_first_line(lines[-1] if lines else error))) from error
     # False: "auto" would ask the hub whether the base's vocabulary has changed.
     have = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     whole = set(wrapped.state_dict())  # an adapter may also bring a whole embedding
@@ -267,6 +280,8 @@ def _locate(name: str) -> tuple[str, bool]:
 
 
 def _check_folder(path: Path) -> None:
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(f"{path} is a PEFT adapter; load its base model, with adapter={str(path)!r}")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
     if not list(path.glob("*.safetensors")):
@@ -395,8 +410,7 @@ def _explained(name: str, path: str, local: bool) -> Generator[None]:
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
-        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-        said = (lines or [type(error).__name__])[0][:200]
+        said = _first_line(error)
         if "attn_implementation" in said or "FlashAttention" in said:
             raise ModelError(
                 f"{name!r} cannot run with the attention kernel that it, or attn_implementation, names: {said};"
@@ -413,6 +427,13 @@ def _explained(name: str, path: str, local: bool) -> Generator[None]:
                 f" gave no safetensors checkpoint of that name: {said}; check the name, the network, or your token"
             ) from error
         raise ModelError(
-            f"the model files in {path} cannot be read ({type(error).__name__}: {said});"
-            " they may be cut short or of an unknown kind: get them again"
+            f"the model files in {path} cannot be read ({type(error).__name__}: {said}); they may be cut short, or"
+            " config.json names what this transformers does not know: get them again, or another version"
         ) from error
+
+
+def _first_line(error: object) -> str:
+    """The first line that an error says, cut at a word."""
+    lines = [line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else type(error).__name__
+    return said if len(said) <= 240 else said[:240].rsplit(" ", 1)[0].rstrip(",;") + " …"

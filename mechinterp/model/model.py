@@ -87,6 +87,12 @@ class Model(WeightsByHead):
             ModelError: the model is unknown, of a family without a row, or its files cannot be used.
         """
         if isinstance(name, torch.nn.Module):
+            options = {"adapter": adapter, "dtype": dtype, "device": device, "device_map": device_map}
+            options |= {"revision": revision, "attn_implementation": attn_implementation}
+            if odd := [option for option, value in options.items() if value is not None]:
+                raise ModelError(
+                    f"{', '.join(odd)} cannot be applied to a model that exists already; leave it out, or load by name"
+                )
             return cls.wrap(name)
         loaded: Loaded = load_hf(
             str(name),
@@ -107,6 +113,8 @@ class Model(WeightsByHead):
     @classmethod
     def wrap(cls, hf: Any, tokenizer: Any = None) -> "Model":
         """Wrap a Hugging Face causal LM or classifier (or PEFT's model around one), in evaluation mode."""
+        if not isinstance(hf, torch.nn.Module) or not hasattr(hf, "config"):
+            raise ModelError(f"wrap takes a Hugging Face model. Got {type(hf).__name__}; to load by name, use load")
         return cls(hf.eval(), tokenizer)
 
     @contextlib.contextmanager
@@ -131,7 +139,7 @@ class Model(WeightsByHead):
             for parameter, requires in zip(self.hf.parameters(), trained, strict=True):
                 parameter.requires_grad_(requires)  # which switching on again sets
 
-    def trace(self, text: Any, reads: Wanted, *, interventions: Sequence[Intervention] = ()) -> Trace:
+    def trace(self, text: Any, reads: Wanted, *, interventions: Intervention | Sequence[Intervention] = ()) -> Trace:
         """Run once and return what was read; "just look".
 
         Args:
@@ -141,7 +149,7 @@ class Model(WeightsByHead):
         """
         from mechinterp.engine.forward import trace
 
-        return trace(self, text, reads, interventions)
+        return trace(self, text, reads, _several(interventions))
 
     def intervene(self, *interventions: Intervention) -> Attached:
         """``with model.intervene(Zero(sites.z(10, heads=3))): ...``: in force inside the block, undone on any exit."""
@@ -153,7 +161,7 @@ class Model(WeightsByHead):
         *,
         max_new_tokens: int = 20,
         reads: Wanted = (),
-        interventions: Sequence[Intervention] = (),
+        interventions: Intervention | Sequence[Intervention] = (),
         **options: Any,
     ) -> "Generation":
         """Generate (greedily unless `options` say otherwise), reading and writing at every step.
@@ -167,7 +175,7 @@ class Model(WeightsByHead):
         """
         from mechinterp.engine.forward import generate
 
-        return generate(self, text, max_new_tokens, reads, interventions, options)
+        return generate(self, text, max_new_tokens, reads, _several(interventions), options)
 
     def tokenize(self, examples: Any) -> Tokens:
         """Examples (or a text, texts, ids) as token ids, checked against the context length."""
@@ -234,6 +242,9 @@ class Model(WeightsByHead):
     def fingerprint(self) -> str:
         """A short hash of configuration and weights (a spread sample of each tensor), for provenance."""
         digest = hashlib.sha256(repr(sorted(self.hf.config.to_diff_dict().items(), key=str)).encode())
+        layers = (m for m in self.hf.modules() if hasattr(m, "base_layer") and hasattr(m, "disable_adapters"))
+        if (adapted := next(layers, None)) is not None:  # which adapters act, if any
+            digest.update(repr(() if adapted.disable_adapters else tuple(adapted.active_adapters)).encode())
         for name, parameter in self.hf.named_parameters():
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
@@ -263,6 +274,10 @@ class Model(WeightsByHead):
             f"Model {self.name}: {self.arch.family}, {d.n_layers} layers, {heads}, d_model {d.d_model},"
             f" vocab {d.vocab}, context {d.context}, {str(self.dtype).removeprefix('torch.')} on {self.device}{more}"
         )
+
+
+def _several(interventions: Intervention | Sequence[Intervention]) -> Sequence[Intervention]:
+    return (interventions,) if isinstance(interventions, Intervention) else interventions
 
 
 def as_examples(text: Any) -> Examples:

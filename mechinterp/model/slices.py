@@ -56,11 +56,17 @@ def overwrite(value: Tensor, site: Site, where: Where | None, write: Interventio
     try:
         new = write(shown)
     except RuntimeError as error:
-        if "must match" not in str(error):
+        if not any(said in str(error) for said in ("must match", "cannot be multiplied", "must be equal")):
             raise
         raise HookError(
             f"{type(write).__name__} does not fit {site}, a slice of shape {tuple(shown.shape)}: {error}"
         ) from error
+    returned: Any = new
+    if not isinstance(returned, Tensor):
+        raise HookError(
+            f"{type(write).__name__} at {site} returned {type(returned).__name__}; return a tensor of shape"
+            f" {tuple(shown.shape)}"
+        )
     if new.shape != shown.shape:
         raise HookError(
             f"{type(write).__name__} at {site} returned shape {tuple(new.shape)} for a slice of shape"

@@ -145,8 +145,16 @@ def load_trace(path: str | Path) -> Trace:
     with readable(path, TRACE, _TRACE_FORMAT, "trace") as (folder, content):
         tensors = safetensors.torch.load((folder / TENSORS).read_bytes())
         found = {Read(Site(**decode(r["site"])), r["of"]): tensors.pop(r["tensor"]) for r in content["reads"]}
-        batch: dict[str, Any] = {**decode(content["batch"]), **tensors}
-        return Trace(found, TokenBatch(**batch))
+        saved: dict[str, Any] = {**decode(content["batch"]), **tensors}
+        batch = TokenBatch(**saved)
+        n = len(batch)
+        odd = [name for name, tensor in tensors.items() if len(tensor) != n]
+        odd += [str(read.site) for read, tensor in found.items() if tensor.ndim < 1 or len(tensor) != n]
+        if batch.mask.dtype != torch.bool or batch.ids.is_floating_point() or not 0 <= batch.offset < 1 << 31:
+            odd.append("the batch")
+        if odd:
+            raise ValueError(f"{', '.join(odd)} does not fit a batch of {n} examples")
+        return Trace(found, batch)
 
 
 @contextlib.contextmanager
@@ -168,7 +176,10 @@ def readable(path: str | Path, name: str, form: str, what: str) -> Generator[tup
         yield folder, content
     except OutputError:
         raise
-    except (OSError, SafetensorError, MechinterpError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, SafetensorError, MechinterpError, RecursionError),
+        *(ValueError, KeyError, TypeError, AttributeError),
+    ) as error:
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise OutputError(
             f"the {what} in {path} cannot be read ({said}); its files are damaged, save it again"
