@@ -33,11 +33,12 @@ def count(n: int, what: str) -> str:
 
 
 def visible(text: str, width: int | None = None, spaces: bool = True) -> str:
-    """A token with its newlines, unprintable characters and (if `spaces`) spaces shown, cut to `width` characters."""
-    shown = "".join(
-        "␣" if c == " " and spaces else c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-        for c in str(text)
-    )
+    """A token with its newlines, unprintable characters and (if `spaces`) outer spaces shown, cut to `width`."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    if spaces:
+        inner = shown.strip(" ")
+        left = len(shown) - len(shown.lstrip(" "))
+        shown = "␣" * left + inner + "␣" * (len(shown) - left - len(inner))
     return shown if width is None or len(shown) <= width else shown[: width - 1] + "…"
 
 

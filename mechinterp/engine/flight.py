@@ -80,10 +80,10 @@ class Runs(Cells):
         return torch.as_tensor(numbers, device=self.device)
 
 
-class Flight:
-    """A chunk of rows on their way through the layers.
+class Writing:
+    """A chunk of rows, where their tokens lie in the packed matrix, and what they write.
 
-    A row's tokens lie side by side in the packed matrix, from `offset` on: its columns `start` to `stop`.
+    A row's tokens lie side by side, from `offset` on: its columns `start` to `stop`.
     """
 
     def __init__(self, runs: Runs, rows: Rows, budget: int) -> None:
@@ -121,6 +121,117 @@ class Flight:
         for site, groups in members.items():
             out[site.layer or 0, site.kind].append((site, None, np.array(groups)))
         return out
+
+    def _token(self, rows: Ints, columns: Ints) -> Ints:
+        """Where a column of a row is in the packed matrix; -1 where it is not carried."""
+        inside = (self.offset[rows] >= 0) & (columns >= self.rows.start[rows]) & (columns < self.stop[rows])
+        at = np.where(inside, self.offset[rows] + columns - self.rows.start[rows], -1)
+        return at if self.slot is None else np.where(inside, self.slot[at], -1)
+
+    def _act(self, kind: str, value: Tensor, rows: Ints | None = None) -> Tensor:
+        """Everything that is written at a kind of site of this layer: ``token [head] width``.
+
+        Args:
+            rows: only of these.
+        """
+        work = self.work.get((self.layer, kind))
+        if not work:
+            return value
+        value = value.clone()
+        flying = self.offset >= 0
+        for site, given, groups in work:
+            chosen = flying & np.isin(self.group, groups)
+            if rows is not None:
+                chosen &= np.isin(np.arange(len(chosen)), rows) & (given is None)
+            if given is not None or not self.s.sweep.patches:
+                for cell in np.unique(self.rows.cell[chosen]).tolist():
+                    self._intervene(value, site, given, np.nonzero(chosen & (self.rows.cell == cell))[0])
+                continue
+            for row, column, heads in self._written(site, np.nonzero(chosen)[0]):
+                token = self._token(row, column)
+                row, column, token = row[token >= 0], column[token >= 0], token[token >= 0]
+                assert self.s.source is not None
+                source = self.s.source.values[Read(site.whole)]
+                new = source[self.s.tensor(self.rows.example[row]), self.s.tensor(column)]
+                if heads is None:
+                    value[self.s.tensor(token)] = new
+                else:
+                    value[self.s.tensor(token)[:, None], heads] = new[:, heads]
+        return value
+
+    def _written(self, site: Site, rows: Ints) -> Iterator[tuple[Ints, Ints, list[int] | None]]:
+        """(row, column, heads) of everything that rows write at a group's site; once for each choice of heads."""
+        for position, head in itertools.product(np.unique(self.position[rows]), np.unique(self.head[rows])):
+            some = rows[(self.position[rows] == position) & (self.head[rows] == head)]
+            where, one = self.s.grid.positions[position], self.s.grid.heads[head]
+            columns, valid = self.s.columns(site.positions if where is None else where)
+            chosen = site.heads if one is None else one
+            heads = None if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
+            which, at = np.nonzero(valid[self.rows.example[some]])
+            yield some[which], columns[self.rows.example[some][which], at], heads
+
+    def _site(self, site: Site, row: int) -> Site:
+        """A group's site at the position and head of a row's cell."""
+        position, head = self.s.grid.positions[self.position[row]], self.s.grid.heads[self.head[row]]
+        return replace(
+            site,
+            positions=site.positions if position is None else position,
+            heads=site.heads if head is None else head,
+        )
+
+    def _intervene(self, value: Tensor, site: Site, given: Intervention | None, rows: Ints) -> None:
+        """Write in place, for the examples of one cell, what an intervention makes of them among the base's columns."""
+        which, columns = ragged(self.rows.start[rows], self.stop[rows])
+        token = self._token(rows[which], columns)
+        which, columns, token = which[token >= 0], columns[token >= 0], self.s.tensor(token[token >= 0])
+        example, column = self.s.tensor(self.rows.example[rows][which]), self.s.tensor(columns)
+        canvas = self.s.value(site.whole).clone()
+        canvas[example, column] = value[token].view(len(token), *canvas.shape[2:])
+        if given is None:
+            site = self._site(site, int(rows[0]))
+            assert self.s.sweep.write is not None
+            given = self.s.sweep.write(site)
+        where = self.s.batch.where(site.positions, strict=False)
+        new = overwrite(canvas, site, where, given.for_rows(self.s.batch.rows))
+        value[token] = new[example, column].view(len(token), *value.shape[1:])
+
+    def _rewrite(self, kind: str, pattern: Tensor, rows: Ints, start: int) -> Tensor:
+        """Writes at scores or pattern of rows with the same columns, ``row head query key``."""
+        stop, width = start + pattern.shape[2], pattern.shape[3]
+        for site, _, groups in self.work.get((self.layer, kind), ()):
+            chosen = rows[np.isin(self.group[rows], groups)]
+            place = {row: i for i, row in enumerate(rows.tolist())}
+            if self.s.sweep.patches:
+                assert self.s.source is not None
+                source = self.s.source.values[Read(site.whole)]
+                for row, column, heads in self._written(site, chosen):
+                    inside = (column >= start) & (column < stop)
+                    row, column = row[inside], column[inside]
+                    i = self.s.tensor([place[r] for r in row.tolist()])
+                    new = source[self.s.tensor(self.rows.example[row]), :, self.s.tensor(column), :width]
+                    at = self.s.tensor(column - start)
+                    if heads is None:
+                        pattern[i, :, at] = new
+                    else:
+                        for head in heads:
+                            pattern[i, head, at] = new[:, head]
+                continue
+            for cell in np.unique(self.rows.cell[chosen]).tolist():
+                some = chosen[self.rows.cell[chosen] == cell]
+                i = self.s.tensor([place[r] for r in some.tolist()])
+                example = self.s.tensor(self.rows.example[some])
+                canvas = self.s.value(site.whole).clone()
+                canvas[example, :, start:stop, :width] = pattern[i]
+                exact = self._site(site, int(some[0]))
+                assert self.s.sweep.write is not None
+                write = self.s.sweep.write(exact).for_rows(self.s.batch.rows)
+                new = overwrite(canvas, exact, self.s.batch.where(exact.positions, strict=False), write)
+                pattern[i] = new[example, :, start:stop, :width]
+        return pattern
+
+
+class Flight(Writing):
+    """The rows on their way through the layers."""
 
     def run(self) -> tuple[Rows, Tensor]:
         """The rows that reach the metric, and the final norm's output at its column of each."""
@@ -202,81 +313,6 @@ class Flight:
             self.layer += 1
         return tokens
 
-    def _token(self, rows: Ints, columns: Ints) -> Ints:
-        """Where a column of a row is in the packed matrix; -1 where it is not carried."""
-        inside = (self.offset[rows] >= 0) & (columns >= self.rows.start[rows]) & (columns < self.stop[rows])
-        at = np.where(inside, self.offset[rows] + columns - self.rows.start[rows], -1)
-        return at if self.slot is None else np.where(inside, self.slot[at], -1)
-
-    # Writes.
-
-    def _act(self, kind: str, value: Tensor, rows: Ints | None = None) -> Tensor:
-        """Everything that is written at a kind of site of this layer: ``token [head] width``.
-
-        Args:
-            rows: only of these.
-        """
-        work = self.work.get((self.layer, kind))
-        if not work:
-            return value
-        value = value.clone()
-        flying = self.offset >= 0
-        for site, given, groups in work:
-            chosen = flying & np.isin(self.group, groups)
-            if rows is not None:
-                chosen &= np.isin(np.arange(len(chosen)), rows) & (given is None)
-            if given is not None or not self.s.sweep.patches:
-                for cell in np.unique(self.rows.cell[chosen]).tolist():
-                    self._intervene(value, site, given, np.nonzero(chosen & (self.rows.cell == cell))[0])
-                continue
-            for row, column, heads in self._written(site, np.nonzero(chosen)[0]):
-                token = self._token(row, column)
-                row, column, token = row[token >= 0], column[token >= 0], token[token >= 0]
-                assert self.s.source is not None
-                source = self.s.source.values[Read(site.whole)]
-                new = source[self.s.tensor(self.rows.example[row]), self.s.tensor(column)]
-                if heads is None:
-                    value[self.s.tensor(token)] = new
-                else:
-                    value[self.s.tensor(token)[:, None], heads] = new[:, heads]
-        return value
-
-    def _written(self, site: Site, rows: Ints) -> Iterator[tuple[Ints, Ints, list[int] | None]]:
-        """(row, column, heads) of everything that rows write at a group's site; once for each choice of heads."""
-        for position, head in itertools.product(np.unique(self.position[rows]), np.unique(self.head[rows])):
-            some = rows[(self.position[rows] == position) & (self.head[rows] == head)]
-            where, one = self.s.grid.positions[position], self.s.grid.heads[head]
-            columns, valid = self.s.columns(site.positions if where is None else where)
-            chosen = site.heads if one is None else one
-            heads = None if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
-            which, at = np.nonzero(valid[self.rows.example[some]])
-            yield some[which], columns[self.rows.example[some][which], at], heads
-
-    def _site(self, site: Site, row: int) -> Site:
-        """A group's site at the position and head of a row's cell."""
-        position, head = self.s.grid.positions[self.position[row]], self.s.grid.heads[self.head[row]]
-        return replace(
-            site,
-            positions=site.positions if position is None else position,
-            heads=site.heads if head is None else head,
-        )
-
-    def _intervene(self, value: Tensor, site: Site, given: Intervention | None, rows: Ints) -> None:
-        """Write in place, for the examples of one cell, what an intervention makes of them among the base's columns."""
-        which, columns = ragged(self.rows.start[rows], self.stop[rows])
-        token = self._token(rows[which], columns)
-        which, columns, token = which[token >= 0], columns[token >= 0], self.s.tensor(token[token >= 0])
-        example, column = self.s.tensor(self.rows.example[rows][which]), self.s.tensor(columns)
-        canvas = self.s.value(site.whole).clone()
-        canvas[example, column] = value[token].view(len(token), *canvas.shape[2:])
-        if given is None:
-            site = self._site(site, int(rows[0]))
-            assert self.s.sweep.write is not None
-            given = self.s.sweep.write(site)
-        where = self.s.batch.where(site.positions, strict=False)
-        new = overwrite(canvas, site, where, given.for_rows(self.s.batch.rows))
-        value[token] = new[example, column].view(len(token), *value.shape[1:])
-
     @contextlib.contextmanager
     def _hooked(self, layer: Any) -> Generator[None]:
         """Writes at the outputs and inputs of modules inside attention and MLP."""
@@ -313,8 +349,6 @@ class Flight:
         assert self.z is not None
         old = torch.einsum("the,hed->thd", self.z, self.model.W_O(self.layer))
         return attn + (self._act("head_out", old) - old).sum(1)
-
-    # Attention.
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """What queries make of their own row's keys and, before them, the base run's: ``1 token head d_head``."""
@@ -383,40 +417,6 @@ class Flight:
         batch, heads, queries, keys = pattern.shape
         grouped = pattern.reshape(batch, value.shape[1], -1, keys)
         return (grouped @ value).view(batch, heads, queries, -1).transpose(1, 2)
-
-    def _rewrite(self, kind: str, pattern: Tensor, rows: Ints, start: int) -> Tensor:
-        """Writes at scores or pattern of rows with the same columns, ``row head query key``."""
-        stop, width = start + pattern.shape[2], pattern.shape[3]
-        for site, _, groups in self.work.get((self.layer, kind), ()):
-            chosen = rows[np.isin(self.group[rows], groups)]
-            place = {row: i for i, row in enumerate(rows.tolist())}
-            if self.s.sweep.patches:
-                assert self.s.source is not None
-                source = self.s.source.values[Read(site.whole)]
-                for row, column, heads in self._written(site, chosen):
-                    inside = (column >= start) & (column < stop)
-                    row, column = row[inside], column[inside]
-                    i = self.s.tensor([place[r] for r in row.tolist()])
-                    new = source[self.s.tensor(self.rows.example[row]), :, self.s.tensor(column), :width]
-                    at = self.s.tensor(column - start)
-                    if heads is None:
-                        pattern[i, :, at] = new
-                    else:
-                        for head in heads:
-                            pattern[i, head, at] = new[:, head]
-                continue
-            for cell in np.unique(self.rows.cell[chosen]).tolist():
-                some = chosen[self.rows.cell[chosen] == cell]
-                i = self.s.tensor([place[r] for r in some.tolist()])
-                example = self.s.tensor(self.rows.example[some])
-                canvas = self.s.value(site.whole).clone()
-                canvas[example, :, start:stop, :width] = pattern[i]
-                exact = self._site(site, int(some[0]))
-                assert self.s.sweep.write is not None
-                write = self.s.sweep.write(exact).for_rows(self.s.batch.rows)
-                new = overwrite(canvas, exact, self.s.batch.where(exact.positions, strict=False), write)
-                pattern[i] = new[example, :, start:stop, :width]
-        return pattern
 
 
 def ragged(start: Ints, stop: Ints) -> tuple[Ints, Ints]:

@@ -160,15 +160,16 @@ def _plotly_heat(figure: go.Figure, heat: Heat) -> tuple[int, int]:
 def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
     for line, color in zip(lines.series, _colors(len(lines.series)), strict=True):
         x = [_plain(str(v)) for v in line.x] if lines.x else line.x
-        if line.low is not None and line.high is not None:
+        if line.low is not None and line.high is not None and not lines.x:
             figure.add_scatter(
                 x=[*x, *list(x)[::-1]], y=[*line.high, *line.low[::-1]], fill="toself", fillcolor=_rgba(color, 0.2),
                 line={"width": 0}, hoverinfo="skip", showlegend=False, mode="lines",
             )  # fmt: skip
         hover = f"{_plain(lines.x_name)} %{{x}}<br>{_plain(lines.label)} %{{y:.4g}}<extra>{_plain(line.name)}</extra>"
         figure.add_scatter(
-            x=x, y=line.values, name=_plain(line.name), mode="lines+markers", hovertemplate=hover,
-            line={"color": color, "width": 2}, marker={"size": 5},
+            x=x, y=line.values, name=_plain(line.name), mode="markers" if lines.x else "lines+markers",
+            hovertemplate=hover, line={"color": color, "width": 2},
+            marker={"size": 9 if lines.x else 5, "color": color},
             error_y=_whiskers(line.values, line.low, line.high, color),
         )  # fmt: skip
     figure.update_xaxes(
@@ -236,14 +237,20 @@ def _matplotlib_heat(figure: Figure, axes: Axes, heat: Heat) -> None:
 
 def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
     places = {name: i for i, name in enumerate(lines.x)}
-    for line, color in zip(lines.series, _colors(len(lines.series)), strict=True):
+    for i, (line, color) in enumerate(zip(lines.series, _colors(len(lines.series)), strict=True)):
         x = np.array([places[v] for v in line.x]) if lines.x else line.x
+        if lines.x:  # categories have nothing between them: points, side by side
+            x = x + 0.1 * (i - (len(lines.series) - 1) / 2)
         if line.low is not None and line.high is not None:
-            axes.fill_between(x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
-            axes.vlines(x, line.low, line.high, color=color, linewidth=0.8)  # a band is invisible where a line is steep
-        axes.plot(x, line.values, color=color, marker="o", markersize=2.8, linewidth=1.6, label=drawable(line.name))
+            if not lines.x:
+                axes.fill_between(x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
+            # a band is invisible where a line is steep
+            axes.vlines(x, line.low, line.high, color=color, linewidth=1.4 if lines.x else 0.8)
+        size, width = (5.0, 0.0) if lines.x else (2.8, 1.6)
+        axes.plot(x, line.values, color=color, marker="o", markersize=size, linewidth=width, label=drawable(line.name))
     if lines.x:
         axes.set_xticks(range(len(lines.x)), list(lines.x))
+        axes.set_xlim(-0.5, len(lines.x) - 0.5)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xmargin(0.02)
@@ -262,6 +269,7 @@ def _matplotlib_bars(axes: Axes, bars: Bars) -> None:
     colors = [(*to_rgb(PALETTE[0]), 1.0 if solid else PALE) for solid in bars.solid]
     axes.barh(places, bars.values, color=colors, height=0.72)
     if bars.low is not None and bars.high is not None:
+        axes.hlines(places, bars.low, bars.high, color="#ffffff", linewidth=2.6)  # seen on the bar too
         axes.hlines(places, bars.low, bars.high, color="#333333", linewidth=1)
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)

@@ -266,7 +266,7 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
     band = any(s.low is not None for s in series)
     return Lines(
         title=view.title or f"{view.value} by {view.x}",
-        note="band and whiskers: 95% interval" if band else "",
+        note=("whiskers: 95% interval" if names else "band and whiskers: 95% interval") if band else "",
         label=view.unit or view.value,
         x_name=view.x,
         x=names,
