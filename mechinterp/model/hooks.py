@@ -141,13 +141,8 @@ class Attached:
         if self._work and getattr(cache, "is_compileable", False):
             raise SiteError("inside attention, a cache of fixed length cannot be read or written; use a dynamic one")
         state = kwargs.get("mechinterp") or Pass(_batch_of_call(args, kwargs, self.known))
-        for site, _ in self.writes if state.batch.offset else ():
-            if site.kind == "k_rot" or site.per_query_head:
-                view = " per query head" if site.per_query_head else ""
-                raise SiteError(
-                    f"{site} cannot be written{view} while generating: the cache holds it already; write the"
-                    f" {'group' if view else 'projection'}'s own, {site.kind[0]}.{site.layer}"
-                )
+        if state.batch.offset:
+            _check_cached([site for site, _ in self.writes])
         state.written |= {site for site, _ in self.writes}
         state.read |= {read.site for read in self.reads} | set(self.grads)
         check_written(state.written, state.read)
@@ -252,12 +247,7 @@ class Attached:
         self, site: Site, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
     ) -> None:
         place = self.arch.place(site)
-        if site.kind == "head_out":
-            raise SiteError(f"the gradient at {site} is that of attn_out.{site.layer}; ask for it there")
-        if site.per_query_head:
-            raise SiteError(f"the gradient at {site} is that of its kv head; ask for it without per_query_head")
-        if site.kind == "logits":
-            raise SiteError("the gradient at logits is the metric's own; ask for it at final_norm")
+        _check_grad(site)
 
         def capture(state: Pass, value: Tensor) -> Tensor:
             if not value.requires_grad:
@@ -293,11 +283,7 @@ class Attached:
 
     def _edit(self, site: Site, write: Intervention) -> Act:
         def act(state: Pass, value: Tensor) -> Tensor:
-            if site.kind == "attn_out" and state.mids.get(site.layer or 0, self) is not self:
-                raise SiteError(
-                    f"{site} cannot be written inside a block that writes resid_mid.{site.layer}, which comes after"
-                    " it; give both to one intervene()"
-                )
+            _check_mid(site, state.mids.get(site.layer or 0, self) is self)
             where = state.batch.where(site.positions, strict=not state.lenient)
             if where is None and state.batch.left_padded and site.kind not in PATTERN_KINDS:
                 where = real(state.batch)  # so that a slice starts at the first real token
@@ -350,6 +336,36 @@ def route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     top = probs.topk(gate.top_k, dim=-1)
     weights = top.values / top.values.sum(-1, keepdim=True) if gate.norm_topk_prob else top.values
     return weights.to(logits.dtype), top.indices
+
+
+def _check_grad(site: Site) -> None:
+    """Raise where a gradient is another site's, or a metric's own."""
+    if site.kind == "head_out":
+        raise SiteError(f"the gradient at {site} is that of attn_out.{site.layer}; ask for it there")
+    if site.per_query_head:
+        raise SiteError(f"the gradient at {site} is that of its kv head; ask for it without per_query_head")
+    if site.kind == "logits":
+        raise SiteError("the gradient at logits is the metric's own; ask for it at final_norm")
+
+
+def _check_mid(site: Site, own: bool) -> None:
+    """Raise where a block around this one has written resid_mid already, which a write to attn_out would undo."""
+    if site.kind == "attn_out" and not own:
+        raise SiteError(
+            f"{site} cannot be written inside a block that writes resid_mid.{site.layer}, which comes after it;"
+            " give both to one intervene()"
+        )
+
+
+def _check_cached(written: Sequence[Site]) -> None:
+    """Raise where a later step of generating would not see what was written in an earlier one."""
+    for site in written:
+        if site.kind == "k_rot" or site.per_query_head:
+            view = " per query head" if site.per_query_head else ""
+            raise SiteError(
+                f"{site} cannot be written{view} while generating: the cache holds it already; write the"
+                f" {'group' if view else 'projection'}'s own, {site.kind[0]}.{site.layer}"
+            )
 
 
 def _all_logits(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
