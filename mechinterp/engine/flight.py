@@ -23,16 +23,8 @@ from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, overwrite
 from mechinterp.sites import Site, resolve
 
-_MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "q_normed": "self_attn.q_norm",
-    "k_normed": "self_attn.k_norm",
-    "mlp_gate": "mlp.gate_proj",
-    "mlp_up": "mlp.up_proj",
-    "router": "mlp.gate",
-}
+_OUTPUTS = ("q", "k", "v", "q_normed", "k_normed", "mlp_gate", "mlp_up", "router")
+"""Kinds that are outputs of modules inside attention and MLP; the table of families says of which."""
 
 
 class Runs(Cells):
@@ -264,7 +256,7 @@ class Flight(Writing):
         self.token_layers += len(tokens)
         tokens = self._act("resid_pre", self._act("embed", tokens) if self.layer == 0 else tokens)
         cos, sin = (each[:, self.s.tensor(self.column)] for each in self.rotary)
-        with self._hooked(layer):
+        with self._hooked():
             attn = layer.self_attn(
                 hidden_states=self._act("attn_in", layer.input_layernorm(tokens[None])[0])[None],
                 position_embeddings=(cos, sin),
@@ -314,7 +306,7 @@ class Flight(Writing):
         return tokens
 
     @contextlib.contextmanager
-    def _hooked(self, layer: Any) -> Generator[None]:
+    def _hooked(self) -> Generator[None]:
         """Writes at the outputs and inputs of modules inside attention and MLP."""
         handles: list[Any] = []
 
@@ -331,11 +323,14 @@ class Flight(Writing):
         def into(module: Any, args: Any) -> Any:
             return (self._act("mlp_act", args[0][0])[None], *args[1:])
 
-        for kind, path in _MODULES.items():
+        def module(kind: str) -> Any:
+            return self.model.hf.get_submodule(self.model.arch.place(Site(kind, self.layer)).path)
+
+        for kind in _OUTPUTS:
             if (self.layer, kind) in self.work:
-                handles.append(layer.get_submodule(path).register_forward_hook(out(kind)))
+                handles.append(module(kind).register_forward_hook(out(kind)))
         if (self.layer, "mlp_act") in self.work:
-            handles.append(layer.mlp.down_proj.register_forward_pre_hook(into))
+            handles.append(module("mlp_act").register_forward_pre_hook(into))
         try:
             yield
         finally:
@@ -412,7 +407,7 @@ class Flight(Writing):
         """z of rows whose scores or patterns are written, ``row query head d_head``."""
         scores = raw_scores(query, key, scaling).masked_fill(~visible, float("-inf"))
         scores = self._rewrite("scores", scores, rows, start).masked_fill(~visible, float("-inf"))
-        pattern = self._rewrite("pattern", softmax(scores, query.dtype, False), rows, start)
+        pattern = self._rewrite("pattern", softmax(scores, query.dtype, True), rows, start)
         pattern = pattern.tril(start)  # nobody attends to the future
         batch, heads, queries, keys = pattern.shape
         grouped = pattern.reshape(batch, value.shape[1], -1, keys)

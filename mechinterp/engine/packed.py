@@ -93,7 +93,7 @@ def sweep_packed(
     """All rows of a sweep that `why_full` has nothing against.
 
     Args:
-        budget: bytes beside the model, for caches and rows in flight.
+        budget: bytes beside the model, for caches and rows in flight; an estimate, not a limit.
         skip: leave out rows that write what is there already.
         tick: told of ("sweep_runs", unedited passes), ("sweep_rows", rows) and ("sweep_token_layers", tokens × layers).
     Raises:

@@ -114,7 +114,8 @@ def run(
         padding_side: of ragged batches; the numbers do not depend on it beyond rounding.
         seed: handed to analyzers for bootstrap and permutations.
         progress: True for a progress bar, or your own `Progress`.
-        budget: bytes that a packed sweep may take beside the model.
+        budget: bytes that a packed sweep aims to stay within, beside the model, by an estimate from sizes; a
+            user's own function of a slice gets all examples of a batch at once, whatever they take.
     Raises:
         MechinterpError: one of its kinds, naming the analyzer where one is to blame.
     """

@@ -385,7 +385,7 @@ def _explicit(
     scores = edited("scores", scores)
     if any(each.edits["scores"] for each in work):
         scores = scores.masked_fill(hidden, float("-inf"))
-    pattern = edited("pattern", softmax(scores, query.dtype, mask is not None))
+    pattern = edited("pattern", softmax(scores, query.dtype, True))
     if any(each.edits["pattern"] for each in work):  # nobody attends to the future, or to padding
         keys, queries = pattern.shape[3], pattern.shape[2]
         future = torch.ones(queries, keys, dtype=torch.bool, device=pattern.device).triu(keys - queries + 1)
