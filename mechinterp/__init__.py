@@ -34,6 +34,7 @@ _NAMES = {
     "Noise": "mechinterp.core.interventions",
     "Project": "mechinterp.core.interventions",
     "Steer": "mechinterp.core.interventions",
+    "Knockout": "mechinterp.core.interventions",
     "Apply": "mechinterp.core.interventions",
     "Metric": "mechinterp.core.metrics",
     "logit_diff": "mechinterp.core.metrics",
@@ -55,6 +56,7 @@ _NAMES = {
     "Plan": "mechinterp.engine.plan",
     "plan": "mechinterp.engine.plan",
     "run": "mechinterp.engine.runner",
+    "sweep": "mechinterp.engine.rows",
     "verify": "mechinterp.engine.verify",
     "Verification": "mechinterp.engine.verify",
     "Accuracy": "mechinterp.analyzers.accuracy",
@@ -115,6 +117,9 @@ if TYPE_CHECKING:
         Intervention as Intervention,
     )
     from mechinterp.core.interventions import (
+        Knockout as Knockout,
+    )
+    from mechinterp.core.interventions import (
         Mean as Mean,
     )
     from mechinterp.core.interventions import (
@@ -162,6 +167,7 @@ if TYPE_CHECKING:
     from mechinterp.core.trace import Trace as Trace
     from mechinterp.engine.plan import Plan as Plan
     from mechinterp.engine.plan import plan as plan
+    from mechinterp.engine.rows import sweep as sweep
     from mechinterp.engine.runner import run as run
     from mechinterp.engine.verify import Verification as Verification
     from mechinterp.engine.verify import verify as verify

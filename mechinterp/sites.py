@@ -1,10 +1,10 @@
 """Sites: the names of the places in a Llama-shaped model that can be read or written.
 
-A `Site` is one place: a kind, a layer, and optionally heads and positions. `Sites` is one kind at
+A `Site` is one place: a kind, a layer, and optionally heads, positions or neurons. `Sites` is one kind at
 several layers. The constructors at the end (`resid_post`, `z`, `pattern`, ...) make either one and
 are what user code calls. Nothing here holds a tensor or imports torch.
 
-Selections follow numpy: a single head or position drops its axis, a tuple keeps it, None keeps all.
+Selections follow numpy: a single head, position or neuron drops its axis, a tuple keeps it, None keeps all.
 """
 
 import difflib
@@ -20,6 +20,7 @@ Position: TypeAlias = int | str
 Positions: TypeAlias = Position | Sequence[Position] | None
 Heads: TypeAlias = int | Sequence[int] | None
 Layers: TypeAlias = int | Sequence[int] | None
+Neurons: TypeAlias = int | Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ KINDS: dict[str, Kind] = _kinds()
 """Every kind of site, in the order in which a forward pass reaches them."""
 
 _ORDER = {name: i for i, name in enumerate(KINDS)}
-_TEXT = re.compile(r"(?P<kind>[a-z_]+)(\.(?P<layer>\d+))?(\.h(?P<heads>\d+(,\d+)*))?(@(?P<positions>[^@]+))?")
+_TEXT = re.compile(
+    r"(?P<kind>[a-z_]+)(\.(?P<layer>\d+))?(\.h(?P<heads>\d+(,\d+)*))?(\.n(?P<neurons>\d+(,\d+)*))?"
+    r"(@(?P<positions>[^@]+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,8 @@ class Site:
     positions: Position | tuple[Position, ...] | None = None
     per_query_head: bool = False
     """k and v only: the view repeated for each query head of its group."""
+    neurons: int | tuple[int, ...] | None = None
+    """mlp_gate, mlp_up and mlp_act only."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -110,11 +116,14 @@ class Site:
             )
         if self.heads is not None and self.spec.head_axis is None:
             raise SiteError(f"{self.kind} has no head axis; its axes are {' '.join(self.axes)}")
+        if self.neurons is not None and "d_mlp" not in self.axes:
+            raise SiteError(f"{self.kind} has no neurons; its axes are {' '.join(self.axes)}")
         if self.per_query_head and self.spec.head_axis != "kv_head":
             raise SiteError(f"per_query_head is for k and v; {self.kind} has one per query head already")
         object.__setattr__(self, "positions", _positions(self.positions))
         object.__setattr__(self, "heads", _numbers(self.heads))
         object.__setattr__(self, "layer", _numbers(self.layer))
+        object.__setattr__(self, "neurons", _numbers(self.neurons))
 
     @property
     def spec(self) -> Kind:
@@ -133,7 +142,7 @@ class Site:
 
     @property
     def whole(self) -> "Site":
-        """The same place with all heads and positions."""
+        """The same place with all heads, positions and neurons."""
         return Site(self.kind, self.layer, per_query_head=self.per_query_head)
 
     @property
@@ -154,12 +163,12 @@ class Site:
         return replace(self, positions=_positions(positions))
 
     def __str__(self) -> str:
-        heads = () if self.heads is None else (self.heads,) if isinstance(self.heads, int) else self.heads
         where = self.positions if isinstance(self.positions, tuple) else (self.positions,)
         return (
             self.kind
             + ("" if self.layer is None else f".{self.layer}")
-            + (f".h{','.join(map(str, heads))}" if self.heads is not None else "")
+            + _listed("h", self.heads)
+            + _listed("n", self.neurons)
             + ("" if self.positions is None else f"@{','.join(map(str, where))}")
         )
 
@@ -185,11 +194,12 @@ class Sites:
     heads: int | tuple[int, ...] | None = None
     positions: Position | tuple[Position, ...] | None = None
     per_query_head: bool = False
+    neurons: int | tuple[int, ...] | None = None
 
     def of(self, n_layers: int) -> tuple[Site, ...]:
         """The single sites, for a model of `n_layers` layers."""
         layers = range(n_layers) if self.layers is None else self.layers
-        return tuple(Site(self.kind, i, self.heads, self.positions, self.per_query_head) for i in layers)
+        return tuple(Site(self.kind, i, self.heads, self.positions, self.per_query_head, self.neurons) for i in layers)
 
 
 def resolve(wanted: "Site | Sites | str | Iterable[Site | Sites | str]", n_layers: int) -> tuple[Site, ...]:
@@ -216,11 +226,20 @@ def _positions(positions: Positions) -> Position | tuple[Position, ...] | None:
         return tuple(p if isinstance(p, str) else operator.index(p) for p in many)
 
 
+def _listed(letter: str, numbers: int | tuple[int, ...] | None) -> str:
+    """``.h1,2``; nothing where there is no choice."""
+    if numbers is None:
+        return ""
+    return f".{letter}{','.join(map(str, (numbers,) if isinstance(numbers, int) else numbers))}"
+
+
 def _short(text: str) -> Site | None:
     match = _TEXT.fullmatch(text)
     if match is None or match["kind"] not in KINDS:
         return None
-    heads = tuple(int(h) for h in match["heads"].split(",")) if match["heads"] else None
+    heads, neurons = (
+        tuple(int(n) for n in match[name].split(",")) if match[name] else None for name in ("heads", "neurons")
+    )
     names = match["positions"].split(",") if match["positions"] else []
     where = tuple(int(p) if p.lstrip("-").isdigit() else p for p in names)
     return Site(
@@ -228,6 +247,7 @@ def _short(text: str) -> Site | None:
         int(match["layer"]) if match["layer"] else None,
         heads[0] if heads and len(heads) == 1 else heads,
         None if not where else where[0] if len(where) == 1 else where,
+        neurons=neurons[0] if neurons and len(neurons) == 1 else neurons,
     )
 
 
@@ -261,12 +281,18 @@ def _miss(text: str) -> str:
 
 
 def _make(
-    kind: str, layers: Layers, positions: Positions, heads: Heads = None, per_query_head: bool = False
+    kind: str,
+    layers: Layers,
+    positions: Positions,
+    heads: Heads = None,
+    per_query_head: bool = False,
+    neurons: Neurons = None,
 ) -> Site | Sites:
     where, chosen, at = _positions(positions), _numbers(heads), _numbers(layers)
+    some = _numbers(neurons)
     if isinstance(at, int):
-        return Site(kind, at, chosen, where, per_query_head)
-    return Sites(kind, at, chosen, where, per_query_head)
+        return Site(kind, at, chosen, where, per_query_head, some)
+    return Sites(kind, at, chosen, where, per_query_head, some)
 
 
 def _numbers(value: Any) -> int | tuple[int, ...] | None:
@@ -376,19 +402,19 @@ def mlp_in(layers: Layers = None, *, positions: Positions = None) -> Site | Site
     return _make("mlp_in", layers, positions)
 
 
-def mlp_gate(layers: Layers = None, *, positions: Positions = None) -> Site | Sites:
+def mlp_gate(layers: Layers = None, *, positions: Positions = None, neurons: Neurons = None) -> Site | Sites:
     """Gate projection before the activation, ``batch pos d_mlp``."""
-    return _make("mlp_gate", layers, positions)
+    return _make("mlp_gate", layers, positions, neurons=neurons)
 
 
-def mlp_up(layers: Layers = None, *, positions: Positions = None) -> Site | Sites:
+def mlp_up(layers: Layers = None, *, positions: Positions = None, neurons: Neurons = None) -> Site | Sites:
     """Up projection, ``batch pos d_mlp``."""
-    return _make("mlp_up", layers, positions)
+    return _make("mlp_up", layers, positions, neurons=neurons)
 
 
-def mlp_act(layers: Layers = None, *, positions: Positions = None) -> Site | Sites:
+def mlp_act(layers: Layers = None, *, positions: Positions = None, neurons: Neurons = None) -> Site | Sites:
     """Neuron activations, act(gate) * up, ``batch pos d_mlp``."""
-    return _make("mlp_act", layers, positions)
+    return _make("mlp_act", layers, positions, neurons=neurons)
 
 
 def router(layers: Layers = None, *, positions: Positions = None) -> Site | Sites:

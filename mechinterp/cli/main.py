@@ -207,6 +207,8 @@ def _axes(site: "mi.Site") -> list[str]:
         gone |= {"head", "kv_head"}
     if site.positions is not None and not isinstance(site.positions, tuple):
         gone |= {"pos", "query"}
+    if isinstance(site.neurons, int):
+        gone |= {"d_mlp"}
     return [axis for axis in site.axes if axis not in gone]
 
 

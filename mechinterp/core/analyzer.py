@@ -28,6 +28,7 @@ else:
 
 Wanted: TypeAlias = Site | Sites | str | Read | Iterable[Site | Sites | str | Read]
 Writes: TypeAlias = Callable[[Site], Intervention]
+Chosen: TypeAlias = str | tuple[int | tuple[int, ...], ...] | None
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,27 @@ class Edit:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of counterfactuals: one edited run for every row of sites × positions × heads.
+    """A grid of counterfactuals: one edited run for every row of sites × positions × heads (or neurons).
 
     Each row starts from run `base` (with `given` in force) and writes at one site: the value of run
-    `source` there (activation patching), or whatever `write` makes of the site. With `edits`, rows
-    are edited inputs instead, and `sites`, `positions` and `heads` stay empty.
+    `source` there (activation patching), or whatever `write` makes of the site. Instead of a grid,
+    `rows` may list what each row writes, or `edits` the edited inputs that the rows are.
 
     Attributes:
         metric: what scores a row; None when only `reads` are wanted.
         sites: the grid's ``layer`` axis (or ``site``, when the kinds differ).
         positions: ``"each"`` for an axis over every token, a tuple for an axis over these positions,
             or one position (or None for all at once) without an axis.
-        heads: ``"each"`` for an axis over every head of the site, a tuple of heads for an axis over
-            these, or None for all heads at once.
+        heads: ``"each"`` for an axis over every head of the site, a tuple for an axis over these heads
+            (or, where its entries are tuples, sets of heads), or None for all heads at once.
+        neurons: the same for neurons of mlp_gate, mlp_up and mlp_act.
         write: makes the intervention at a row's site; `mechinterp.Zero` is one such function.
         window: layers written together, ``[layer - window // 2, layer + window - window // 2)``.
         given: interventions in force in every row and in the base run itself.
+        held: sites that every row holds at the base run's values, but for what the row itself writes
+            there; with ``positions="each"`` only at the positions that the row writes.
+        rows: what each row writes, in place of a grid: interventions, and sites that get the source
+            run's values; the ``row`` axis.
         edits: for every example (in the order of the whole set) its edited inputs; the ``edit`` axis.
         reads: sites wanted from every row (all on the edited run).
     """
@@ -76,24 +82,39 @@ class Sweep:
     metric: Metric | None = None
     sites: Site | Sites | str | tuple[Site | Sites | str, ...] = ()
     positions: str | int | tuple[Position, ...] | None = None
-    heads: str | tuple[int, ...] | None = None
+    heads: Chosen = None
+    neurons: Chosen = None
     write: Writes | None = None
     source: Run = "clean"
     base: Run = "corrupted"
     window: int = 1
     given: tuple[Intervention, ...] = ()
+    held: tuple[Site | Sites, ...] = ()
+    rows: tuple[tuple[Intervention | Site, ...], ...] = ()
     edits: tuple[tuple[Edit, ...], ...] = ()
     reads: tuple[Site, ...] = ()
 
     def __post_init__(self) -> None:
-        if bool(self.sites) == bool(self.edits):
-            raise NeedsError("a Sweep must have either sites or edits. Got both or neither")
+        if sum(map(bool, (self.sites, self.rows, self.edits))) != 1:
+            raise NeedsError("a Sweep must have sites, rows or edits, and only one of them")
+        if (self.heads is not None and self.neurons is not None) or (
+            self.rows and (self.positions, self.heads, self.neurons, self.window, self.write) != (None,) * 3 + (1, None)
+        ):
+            raise NeedsError("a Sweep has an axis of heads or of neurons; with rows, which say all, it has no grid")
+        if self.edits and (self.held or self.reads):
+            raise NeedsError("rows that are edited inputs have positions of their own: nothing is held or read there")
+        if self.rows and any(site.positions == "each" for site in self.held):
+            raise NeedsError("rows that are listed may write at several positions; hold named ones, or all")
+        if not all(self.rows):
+            raise NeedsError("a row of a Sweep must write something. Got an empty one")
         if self.metric is None and not self.reads:
             raise NeedsError("a Sweep must have a metric or reads, or its rows leave nothing behind")
 
     @property
     def patches(self) -> bool:
         """Whether rows write values of the source run."""
+        if self.rows:
+            return any(isinstance(one, Site) for row in self.rows for one in row)
         return not self.edits and self.write is None
 
 

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import HookError
-from mechinterp.sites import Site, Sites, resolve
+from mechinterp.sites import Position, Site, Sites, resolve
 
 Where: TypeAlias = Site | Sites | str
 
@@ -28,8 +29,8 @@ class Intervention:
         """The new value of the slice; same shape, never changed in place."""
         raise TypeError("Intervention is abstract; use Replace, Add, Scale, Zero, Mean, Noise, Project, Steer or Apply")
 
-    def for_rows(self, rows: tuple[int, ...]) -> "Intervention":
-        """The same for a batch of some examples, given by number; () is a batch as it comes."""
+    def for_batch(self, batch: TokenBatch) -> "Intervention":
+        """The same, knowing which examples it meets and where their positions are."""
         return self
 
 
@@ -50,8 +51,8 @@ class Replace(Intervention):
     def __call__(self, value: Tensor) -> Tensor:
         return _of_rows(self.value, self.rows, value).to(value).expand_as(value)
 
-    def for_rows(self, rows: tuple[int, ...]) -> "Replace":
-        return replace(self, rows=rows)
+    def for_batch(self, batch: TokenBatch) -> "Replace":
+        return replace(self, rows=batch.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,8 @@ class Add(Intervention):
     def __call__(self, value: Tensor) -> Tensor:
         return value + _of_rows(self.value, self.rows, value).to(value)
 
-    def for_rows(self, rows: tuple[int, ...]) -> "Add":
-        return replace(self, rows=rows)
+    def for_batch(self, batch: TokenBatch) -> "Add":
+        return replace(self, rows=batch.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,8 @@ class Mean(Intervention):
             own = value.ndim - 1
         else:
             own = 2 if site.spec.head_axis and not isinstance(site.heads, int) else 1
-        mean = self.reference.reshape(-1, *self.reference.shape[-own:]).nanmean(0)
+            own -= isinstance(site.neurons, int)
+        mean = self.reference.reshape(-1, *self.reference.shape[self.reference.ndim - own :]).nanmean(0)
         return mean.to(value).expand_as(value)
 
 
@@ -153,6 +155,38 @@ class Steer(Intervention):
 
     def __call__(self, value: Tensor) -> Tensor:
         return value + self.strength * (self.direction / self.direction.norm()).to(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Knockout(Intervention):
+    """Attention knockout (Geva et al. 2023): at `scores`, the site's queries no longer see `keys`.
+
+    The rest of a query's attention is renormalised; a query that sees nothing at all attends to nothing.
+    """
+
+    keys: Position | tuple[Position, ...]
+    """Positions, or names that the examples give to a token or a span."""
+    columns: Tensor | None = None
+    """Of the keys, ``example chosen``; filled in for each batch, -1 where there is none."""
+
+    def __post_init__(self) -> None:
+        if any(site.kind != "scores" for site in resolve(self.site, 1)):
+            raise HookError(f"Knockout cuts attention, so its site must be scores. Got {self.site}")
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if self.columns is None:
+            raise HookError("Knockout must know the batch whose keys it hides; use it in a run, trace or sweep")
+        keys = torch.arange(value.shape[-1], device=value.device)
+        hidden = (self.columns[:, :, None] == keys).any(1)
+        return value.masked_fill(hidden.view(len(value), *[1] * (value.ndim - 2), -1), float("-inf"))
+
+    def for_batch(self, batch: TokenBatch) -> "Knockout":
+        where = batch.where(self.keys, strict=False)
+        assert where is not None
+        columns = where.columns + batch.offset  # keys before them may lie in a cache
+        if where.valid is not None:
+            columns = columns.masked_fill(~where.valid, -1)
+        return replace(self, columns=columns.reshape(len(batch), -1))
 
 
 @dataclass(frozen=True, eq=False)

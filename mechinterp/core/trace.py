@@ -102,6 +102,7 @@ class Trace:
                 if (r.site.kind, r.site.layer) == (site.kind, site.layer)
                 and site.positions in (None, r.site.positions)
                 and site.heads in (None, r.site.heads)
+                and site.neurons in (None, r.site.neurons)
                 and site.per_query_head == r.site.per_query_head
             ]
         if len(found) == 1:
@@ -125,7 +126,7 @@ class Trace:
         if not layers:
             raise NeedsError(f"{kind} was not read for {self._owner}; declare it in needs() or reads")
         chosen = of or Sites(kind)
-        return torch.stack([self[Site(kind, i, chosen.heads, chosen.positions, chosen.per_query_head)] for i in layers])
+        return torch.stack([self[one] for one in replace(chosen, layers=tuple(layers)).of(0)])
 
     @property
     def reads(self) -> tuple[Read, ...]:

@@ -69,7 +69,7 @@ class Cells:
 
     def of_cell(self, cells: Ints) -> tuple[Ints, Ints, Ints]:
         """Numbers of the group, the position and the head of each cell."""
-        heads, positions = len(self.grid.heads), len(self.grid.positions)
+        heads, positions = len(self.grid.parts), len(self.grid.positions)
         return cells // (heads * positions), cells // heads % positions, cells % heads
 
     def _first_difference(self) -> Ints:
@@ -92,7 +92,7 @@ class Cells:
         examples, none = len(self.lengths), np.iinfo(np.int64).max
         first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
         missing = np.zeros((examples, self.grid.rows), bool)
-        heads = len(self.grid.heads)
+        heads = len(self.grid.parts)
         found: list[Rows] = []
         for number, (group, position) in enumerate(itertools.product(self.grid.groups, self.grid.positions)):
             start, stop = np.full(examples, none), np.zeros(examples, np.int64)

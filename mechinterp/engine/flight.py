@@ -155,7 +155,7 @@ class Writing:
         """(row, column, heads) of everything that rows write at a group's site; once for each choice of heads."""
         for position, head in itertools.product(np.unique(self.position[rows]), np.unique(self.head[rows])):
             some = rows[(self.position[rows] == position) & (self.head[rows] == head)]
-            where, one = self.s.grid.positions[position], self.s.grid.heads[head]
+            where, one = self.s.grid.positions[position], self.s.grid.parts[head]
             columns, valid = self.s.columns(site.positions if where is None else where)
             chosen = site.heads if one is None else one
             heads = None if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
@@ -164,7 +164,7 @@ class Writing:
 
     def _site(self, site: Site, row: int) -> Site:
         """A group's site at the position and head of a row's cell."""
-        position, head = self.s.grid.positions[self.position[row]], self.s.grid.heads[self.head[row]]
+        position, head = self.s.grid.positions[self.position[row]], self.s.grid.parts[self.head[row]]
         return replace(
             site,
             positions=site.positions if position is None else position,
@@ -184,7 +184,7 @@ class Writing:
             assert self.s.sweep.write is not None
             given = self.s.sweep.write(site)
         where = self.s.batch.where(site.positions, strict=False)
-        new = overwrite(canvas, site, where, given.for_rows(self.s.batch.rows))
+        new = overwrite(canvas, site, where, given.for_batch(self.s.batch))
         value[token] = new[example, column].view(len(token), *value.shape[1:])
 
     def _rewrite(self, kind: str, pattern: Tensor, rows: Ints, start: int) -> Tensor:
@@ -216,7 +216,7 @@ class Writing:
                 canvas[example, :, start:stop, :width] = pattern[i]
                 exact = self._site(site, int(some[0]))
                 assert self.s.sweep.write is not None
-                write = self.s.sweep.write(exact).for_rows(self.s.batch.rows)
+                write = self.s.sweep.write(exact).for_batch(self.s.batch)
                 new = overwrite(canvas, exact, self.s.batch.where(exact.positions, strict=False), write)
                 pattern[i] = new[example, :, start:stop, :width]
         return pattern

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Sweep, Swept
-from mechinterp.core.interventions import Add, Mean, Noise, Project, Replace, Scale, Steer, Zero
+from mechinterp.core.interventions import Add, Knockout, Mean, Noise, Project, Replace, Scale, Steer, Zero
 from mechinterp.core.metrics import Function
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.cells import Cells, Rows
@@ -33,7 +33,7 @@ BUDGET = 1 << 30
 _LAST = ("final_norm", "logits")
 
 
-_FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer)
+_FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout)
 """Interventions that make of each position what does not depend on the others; a user's own may."""
 
 
@@ -45,6 +45,8 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
     """
     if sweep.edits:
         return "inputs are edited"
+    if sweep.rows or sweep.held or sweep.neurons:
+        return "not packed yet"
     written = [*resolve(sweep.sites, model.dims.n_layers)]
     given = [site for one in sweep.given for site in resolve(one.site, model.dims.n_layers)]
     for site in [*written, *given]:
@@ -62,7 +64,7 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
         return f"{type(sweep.metric).__name__} needs logits at every position"
     if sweep.metric is not None and sweep.metric.positions in spans:
         return f"{type(sweep.metric).__name__} needs logits at all tokens of {sweep.metric.positions!r}"
-    example = next(iter(Grid.of(sweep, model, 1)))[0]
+    example = next(iter(Grid.of(sweep, model, 1)))[0][0]
     mixing = [one for one in sweep.given if not isinstance(one, _FIXED)]
     if any(s.positions != "end" and not isinstance(s.positions, int) for one in mixing for s in resolve(one.site, 1)):
         return "what is given may carry a change to earlier positions"
@@ -127,7 +129,7 @@ def packed_cost(model: Model, batch: TokenBatch, sweep: Sweep) -> tuple[int, int
 
 def _applies(sweep: Sweep, model: Model) -> bool:
     """Whether any write is a user's function."""
-    writes = [] if sweep.write is None else [sweep.write(next(iter(Grid.of(sweep, model, 1)))[0])]
+    writes = [write for row in Grid.of(sweep, model, 1) for _, write in row if write is not None]
     return any(not isinstance(write, _FIXED) for write in (*sweep.given, *writes))
 
 

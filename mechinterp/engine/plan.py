@@ -6,7 +6,7 @@ them; the runner carries them out.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -134,12 +134,14 @@ def _check_sweep(model: Model, sweep: Sweep, tokens: Tokens | None) -> None:
     """Raise unless every cell is a place in the model and in some example."""
     for site in sweep.reads:
         check(site, model.arch, model.dims)
+    for site in resolve(sweep.held, model.dims.n_layers):
+        check(site, model.arch, model.dims)
     if sweep.edits:
         return
     grid = Grid.of(sweep, model, 1)
-    for group, head in itertools.product(grid.groups, grid.heads):
+    for group, part in itertools.product(grid.groups, grid.parts):
         for site in group:
-            check(site if head is None else replace(site, heads=head), model.arch, model.dims)
+            check(grid.at(site, None, part), model.arch, model.dims)
     longest = 0 if tokens is None else max(tokens.lengths)
     for position in sweep.positions if isinstance(sweep.positions, tuple) else (sweep.positions,):
         if tokens is not None and isinstance(position, int) and not -longest <= position < longest:
@@ -354,6 +356,8 @@ def _bytes(model: Model, read: Read, tokens: int, longest: int, examples: int) -
     heads = {"head": d.n_heads, "kv_head": d.n_kv_heads, "expert": d.n_experts}
     if site.heads is not None:
         heads = dict.fromkeys(heads, 1 if isinstance(site.heads, int) else len(site.heads))
+    if site.neurons is not None:
+        sizes["d_mlp"] = 1 if isinstance(site.neurons, int) else len(site.neurons)
     width = 1
     for axis in KINDS[site.kind].axes:
         width *= sizes.get(axis, 1) * heads.get(axis, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechinterp.core.analyzer import Edit, Sweep, Swept
+from mechinterp.core.analyzer import Edit, Sweep, Swept, Writes
 from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
@@ -31,12 +31,19 @@ class Grid:
         groups: the sites written together in each entry of the first axis.
         positions: one for each entry of the position axis; a single one without it. ``"each"`` is
             resolved batch by batch.
+        parts: heads or neurons of each entry of their axis; a single None without it.
+        part: which of the two, as a field of `Site`.
+        writes: for explicit rows, what is written at each site of a group; None is the source run's value.
+        write: for grids, what makes an intervention of a site; None writes the source run's value.
     """
 
     axes: tuple[tuple[str, tuple[Any, ...]], ...]
     groups: tuple[tuple[Site, ...], ...]
-    positions: tuple[Position | None, ...]
-    heads: tuple[int | None, ...]
+    positions: tuple[Position | None, ...] = (None,)
+    parts: tuple[int | tuple[int, ...] | None, ...] = (None,)
+    part: str = "heads"
+    writes: tuple[tuple[Intervention | None, ...], ...] = ()
+    write: Writes | None = None
 
     @classmethod
     def of(cls, sweep: Sweep, model: Model, width: int = 0) -> "Grid":
@@ -45,6 +52,8 @@ class Grid:
         Raises:
             NeedsError: heads of a site without heads, or a window over sites without layers.
         """
+        if sweep.rows:
+            return cls._of_rows(sweep, model)
         sites = resolve(sweep.sites, model.dims.n_layers)
         layered = len({s.kind for s in sites}) == 1 and all(s.layer is not None for s in sites)
         axes: list[tuple[str, tuple[Any, ...]]] = [
@@ -71,39 +80,74 @@ class Grid:
             positions = (None if sweep.positions == "all" else sweep.positions,)
         if sweep.positions == "each" or isinstance(sweep.positions, tuple):
             axes.append(("position", positions))
-        heads: tuple[int | None, ...] = (None,)
-        if sweep.heads is not None:
-            counts = {model.dims.n_heads if s.per_query_head else model.dims.heads(s.kind) for s in sites}
+        part = "heads" if sweep.neurons is None else "neurons"
+        parts: tuple[int | tuple[int, ...] | None, ...] = (None,)
+        chosen = sweep.heads if sweep.neurons is None else sweep.neurons
+        if chosen is not None:
+            counts = {_count(model, site, part) for site in sites}
             count = counts.pop()
             if counts or count is None:
-                raise NeedsError(
-                    f"heads={sweep.heads!r} needs sites with equal head axes; {sites[0]} is not such a one"
-                )
-            heads = tuple(range(count)) if isinstance(sweep.heads, str) else sweep.heads
-            axes.append((next(s.axes for s in sites)[_head_axis(sites[0])], heads))
-        return cls(tuple(axes), groups, positions, heads)
+                raise NeedsError(f"{part}={chosen!r} needs sites with equal {part}; {sites[0]} is not such a one")
+            parts = tuple(range(count)) if isinstance(chosen, str) else chosen
+            name = "neuron" if part == "neurons" else next(a for a in sites[0].axes if a in ("head", "kv_head"))
+            sets = any(isinstance(one, tuple) for one in parts)
+            axes.append((name, tuple(_label(one) for one in parts) if sets else parts))
+        return cls(tuple(axes), groups, positions, parts, part, write=sweep.write)
+
+    @classmethod
+    def _of_rows(cls, sweep: Sweep, model: Model) -> "Grid":
+        rows = [
+            [
+                (site, None if isinstance(one, Site) else one)
+                for one in row
+                for site in resolve(one if isinstance(one, Site) else one.site, model.dims.n_layers)
+            ]
+            for row in sweep.rows
+        ]
+        return cls(
+            (("row", tuple(range(len(rows)))),),
+            tuple(tuple(site for site, _ in row) for row in rows),
+            writes=tuple(tuple(write for _, write in row) for row in rows),
+        )
 
     @property
     def rows(self) -> int:
-        return len(self.groups) * len(self.positions) * len(self.heads)
+        return len(self.groups) * len(self.positions) * len(self.parts)
 
-    def __iter__(self) -> Iterator[tuple[Site, ...]]:
-        """The sites written in each row, in the order of the axes."""
-        for group, position, head in itertools.product(self.groups, self.positions, self.heads):
-            yield tuple(
-                replace(
-                    s, positions=s.positions if position is None else position, heads=s.heads if head is None else head
-                )
-                for s in group
-            )
+    def at(self, site: Site, position: Position | None, part: int | tuple[int, ...] | None) -> Site:
+        """A group's site at a position and a part; None leaves the site's own."""
+        chosen: dict[str, Any] = {} if part is None else {self.part: part}
+        return replace(site, positions=site.positions if position is None else position, **chosen)
+
+    def __iter__(self) -> Iterator[tuple[tuple[Site, Intervention | None], ...]]:
+        """(site, what is written there, or None for the source run's value) of each row, in the order of the axes."""
+        for number, group in enumerate(self.groups):
+            for position, part in itertools.product(self.positions, self.parts):
+                sites = [self.at(site, position, part) for site in group]
+                if self.writes:
+                    yield tuple(zip(sites, self.writes[number], strict=True))
+                else:
+                    yield tuple((site, None if self.write is None else self.write(site)) for site in sites)
+
+
+def _count(model: Model, site: Site, part: str) -> int | None:
+    """How many heads or neurons a site has; None where it has none."""
+    if part == "neurons":
+        return model.dims.d_mlp if "d_mlp" in site.axes else None
+    return model.dims.n_heads if site.per_query_head else model.dims.heads(site.kind)
+
+
+def _label(part: int | tuple[int, ...] | None) -> str:
+    """A set of heads or neurons in a table: ``3+7``."""
+    return str(part) if not isinstance(part, tuple) else "+".join(map(str, part))
 
 
 def source_reads(sweep: Sweep, model: Model) -> tuple[Read, ...]:
     """What rows of an activation-patching sweep take from the source run."""
     if not sweep.patches:
         return ()
-    grid = Grid.of(sweep, model)
-    return tuple(dict.fromkeys(Read(site.whole, sweep.source) for group in grid.groups for site in group))
+    rows = Grid.of(sweep, model)
+    return tuple(dict.fromkeys(Read(site.whole, sweep.source) for row in rows for site, write in row if write is None))
 
 
 def row_count(sweep: Sweep, model: Model, width: int, rows: Sequence[int]) -> int:
@@ -142,8 +186,16 @@ def sweep_full(
     grid = Grid.of(sweep, model, int(batch.lengths.max()))
     values: list[Tensor] = []
     reads: dict[Site, list[Tensor]] = {site: [] for site in sweep.reads}
-    for sites in grid:
-        writes = [*sweep.given, *(_write(sweep, site, batch, source) for site in sites)]
+    held = resolve(sweep.held, model.dims.n_layers)
+    resting = forward(model, base_batch, [Read(site.whole) for site in held], (), sweep.given).values
+    for row in grid:
+        sites = [site for site, _ in row]
+        writes = list(sweep.given)
+        for site in held:
+            chosen = site.at(sites[0].positions) if site.positions == "each" else site
+            writes.append(_put(chosen, resting[Read(site.whole)], batch))
+        for site, write in row:
+            writes.append(_put(site, source[Read(site.whole, sweep.source)], batch) if write is None else write)
         passed = forward(model, base_batch, [Read(site) for site in sweep.reads], metrics, writes, lenient=True)
         missing = torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
         for site in sites:
@@ -170,10 +222,8 @@ def sweep_full(
     )
 
 
-def _write(sweep: Sweep, site: Site, batch: TokenBatch, source: Mapping[Read, Tensor]) -> Intervention:
-    if sweep.write is not None:
-        return sweep.write(site)
-    value = source[Read(site.whole, sweep.source)]
+def _put(site: Site, value: Tensor, batch: TokenBatch) -> Intervention:
+    """Writes a run's value of the whole site there."""
     if site.kind in PATTERN_KINDS:
         value = value.transpose(1, 2)
     where = batch.where(site.positions, strict=False)
@@ -263,7 +313,3 @@ def edit(batch: TokenBatch, rows: Sequence[int], edits: Sequence[Edit]) -> Token
         labels=None if batch.labels is None else tuple(batch.labels[i] for i in rows),
         positions=positions,
     )
-
-
-def _head_axis(site: Site) -> int:
-    return next(i for i, axis in enumerate(site.axes) if axis in ("head", "kv_head"))

@@ -188,6 +188,9 @@ def check(site: Site, arch: Architecture, dims: Dims) -> None:
         if count is not None and not 0 <= head < count:
             kind = "key/value heads" if site.axes[2] == "kv_head" else "heads"
             raise SiteError(f"{site} does not exist: layer {site.layer} has {kind} 0 to {count - 1}")
+    for neuron in (site.neurons,) if isinstance(site.neurons, int) else site.neurons or ():
+        if not 0 <= neuron < dims.d_mlp:
+            raise SiteError(f"{site} does not exist: layer {site.layer} has neurons 0 to {dims.d_mlp - 1}")
 
 
 def architecture(hf: nn.Module) -> Architecture:

@@ -291,7 +291,7 @@ class Attached:
                 return value
             self._reached.add(site)
             where = None if where is None else where.to(value.device)
-            return overwrite(value, site, where, write.for_rows(state.batch.rows))
+            return overwrite(value, site, where, write.for_batch(state.batch))
 
         return act
 

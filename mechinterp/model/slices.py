@@ -1,4 +1,4 @@
-"""The slice of a tensor that a site's positions and heads mean: taken, or put back edited."""
+"""The slice of a tensor that a site's positions, heads and neurons mean: taken, or put back edited."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PATTERN_KINDS = ("scores", "pattern")
 
 
 def select(value: Tensor, site: Site, where: Where | None) -> Tensor:
-    """The slice of ``batch pos [head] width`` that a site's positions and heads mean.
+    """The slice of ``batch pos [head] width`` that a site's positions, heads and neurons mean.
 
     Padding among chosen positions is NaN.
     """
@@ -26,6 +26,8 @@ def select(value: Tensor, site: Site, where: Where | None) -> Tensor:
         out = (
             out[:, index(site.heads)] if where is not None and where.columns.ndim == 1 else out[:, :, index(site.heads)]
         )
+    if site.neurons is not None:
+        out = out[..., index(site.neurons)]
     if where is not None and where.valid is not None:
         valid = where.valid.reshape(*where.valid.shape, *[1] * (out.ndim - where.valid.ndim))
         out = out.masked_fill(~valid, float("nan"))
@@ -46,9 +48,9 @@ def overwrite(value: Tensor, site: Site, where: Where | None, write: Interventio
         rows = torch.arange(len(whole), device=whole.device)
         rows, columns = (rows if where.columns.ndim == 1 else rows[:, None]), where.columns
     part = whole[rows, columns]
-    at_head = 1 if where is not None and where.columns.ndim == 1 else 2
-    heads = None if site.heads is None else index(site.heads)
-    chosen = (slice(None),) * at_head + (heads,)
+    some = site.heads if site.neurons is None else site.neurons  # no kind has both
+    heads = None if some is None else index(some)
+    chosen = (slice(None),) * (1 if where is not None and where.columns.ndim == 1 else 2) + (heads,)
     old = part if heads is None else part[chosen]
     # With both axes left, the slice of a pattern is batch head query key, as it is read.
     turned = swap and old.ndim == 4

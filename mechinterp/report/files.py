@@ -118,7 +118,7 @@ def save_trace(trace: Trace, path: str | Path) -> Path:
         site = read.site
         name = f"{i} {site}"  # numbered: the short form leaves out per_query_head and which run
         tensors[name] = trace[read]
-        entry = {"kind": site.kind, "layer": site.layer, "heads": site.heads, "positions": site.positions}
+        entry = {name: getattr(site, name) for name in ("kind", "layer", "heads", "positions", "neurons")}
         entry |= {"per_query_head": site.per_query_head}
         reads.append({"tensor": name, "of": read.of, "site": encode(entry, str(site))})
     known: dict[str, Any] = {}
