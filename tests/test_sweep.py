@@ -191,7 +191,7 @@ def test_pairs_that_the_model_does_not_tell_apart_give_nan_and_say_so(llama: mi.
 
 
 def test_sweeps_that_cannot_be(llama: mi.Model) -> None:
-    with pytest.raises(NeedsError, match="either sites or edits"):
+    with pytest.raises(NeedsError, match="sites, rows or edits"):
         mi.Sweep(mi.logit_diff())
     with pytest.raises(NeedsError, match="metric or reads"):
         mi.Sweep(sites=sites.z(1))
@@ -241,5 +241,5 @@ def test_grid_rows_match_its_axes(llama: mi.Model) -> None:
     grid = Grid.of(sweep, llama)
     assert [name for name, _ in grid.axes] == ["layer", "position", "kv_head"]
     assert len(list(grid)) == grid.rows == 8
-    assert next(iter(grid)) == (Site("v", 0, 0, 1),)
-    assert resolve("v", 3)[2] in {s.whole for row in grid for s in row}
+    assert next(iter(grid)) == ((Site("v", 0, 0, 1), None),)
+    assert resolve("v", 3)[2] in {s.whole for row in grid for s, _ in row}

@@ -146,7 +146,7 @@ def source_reads(sweep: Sweep, model: Model) -> tuple[Read, ...]:
     """What rows of an activation-patching sweep take from the source run."""
     if not sweep.patches:
         return ()
-    rows = Grid.of(sweep, model)
+    rows = Grid.of(sweep, model, 1)
     return tuple(dict.fromkeys(Read(site.whole, sweep.source) for row in rows for site, write in row if write is None))
 
 
