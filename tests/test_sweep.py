@@ -197,7 +197,7 @@ def test_sweeps_that_cannot_be(llama: mi.Model) -> None:
         mi.Sweep(sites=sites.z(1))
     with pytest.raises(NeedsError, match="window of 3"):
         swept(llama, equal_length_pairs(llama), mi.Sweep(mi.logit_diff(), sites.embed(), window=3))
-    with pytest.raises(NeedsError, match="equal head axes"):
+    with pytest.raises(NeedsError, match="sites with equal heads"):
         swept(llama, equal_length_pairs(llama), mi.Sweep(mi.logit_diff(), sites.mlp_out(), heads="each"))
     with pytest.raises(ExamplesError, match="no corrupted prompts"):
         swept(llama, mi.Examples.of([[5, 6]], answers=[(5, 9)]), mi.Sweep(mi.logit_diff(), sites.z()))
