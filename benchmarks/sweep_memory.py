@@ -1,0 +1,59 @@
+"""Peak memory of a packed sweep above the model's own, for budgets from 128 MB to 2 GB.
+
+The work (the residual stream before each of the last four layers, at each of 64 positions, of 16 pairs)
+would carry some 133,000 tokens at once, which take more than 4 GB at the widest place of a layer. Each
+budget is measured in a process of its own, which has loaded the model and swept one pair before.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import mechinterp as mi
+from benchmarks.timing import arguments, environment
+from mechinterp.engine.packed import _bytes_in_flight, packed_cost, sweep_packed
+
+BUDGETS = (128, 256, 512, 1024, 2048)
+LIMIT = 1.2
+POSITIONS, PAIRS, LAYERS = 64, 16, 4
+
+
+def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--budget":
+        print(peak(int(sys.argv[2])))
+        return
+    options = arguments(__doc__)
+    facts = environment(model="smollm2")
+    print(facts)
+
+
+def status(name: str) -> int:
+    """Bytes that the system counts for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def peak(megabytes: int) -> int:
+    """Bytes above what the process held before, at the worst moment of the sweep."""
+    model = mi.Model.load("smollm2")
+    for parameter in model.hf.parameters():
+        parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 40000, (2, PAIRS, POSITIONS), generator=generator)
+    pairs = mi.Examples.pairs(ids[0], ids[1], [(1, 2)] * PAIRS)
+    batch = model.tokenize(pairs).batch(range(PAIRS))
+    n = model.dims.n_layers
+    sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(range(n - LAYERS, n)), positions="each")
+    rows, tokens = packed_cost(model, batch, sweep)
+    print(rows, tokens, file=sys.stderr)
+    sweep_packed(model, batch.take([0]), sweep, budget=megabytes << 20)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    sweep_packed(model, batch, sweep, budget=megabytes << 20)
+    return status("VmHWM") - before
+
+
+if __name__ == "__main__":
+    main()
