@@ -16,6 +16,8 @@ from mechinterp.core.statistics import summarize
 from mechinterp.errors import NeedsError
 from mechinterp.sites import KINDS, Position, Site, Sites
 
+Strings = npt.NDArray[Any]  # beartype knows no dtype of strings of any length
+
 
 @dataclass(frozen=True)
 class ActivationPatching(Analyzer):
@@ -172,7 +174,7 @@ def _check_parts(name: str, chosen: Chosen, kinds: tuple[str, ...]) -> None:
         raise NeedsError(f"the sites {', '.join(kinds)} have different axes of {name}; patch them one by one")
 
 
-def _strings(ids: npt.NDArray[np.int64], model: Model) -> npt.NDArray[np.str_]:
+def _strings(ids: npt.NDArray[np.int64], model: Model) -> Strings:
     """Tokens as text; "" for padding, which is -1."""
     unique, where = np.unique(ids.clip(min=0), return_inverse=True)
     names = np.array(model.to_str_tokens(unique.tolist()), dtype=str)
@@ -209,7 +211,7 @@ def _views(data: xr.Dataset, dims: tuple[str, ...], analyzer: ActivationPatching
     return ((heat, largest) if fits else (largest,)), True
 
 
-def _names(data: xr.Dataset, dims: tuple[str, ...], kinds: tuple[str, ...]) -> npt.NDArray[np.str_]:
+def _names(data: xr.Dataset, dims: tuple[str, ...], kinds: tuple[str, ...]) -> Strings:
     """The site of every cell in its short form, ``z.10.h3,7@end``."""
     named = {"kind": "{}", "layer": ".{}", "neuron": ".n{}", "position": "@{}"}
     order = ["kind", "layer", "head", "kv_head", "neuron", "position"]
