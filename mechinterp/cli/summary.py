@@ -1,15 +1,21 @@
 """The findings of a study in sentences, for the terminal and the top of the report."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mechinterp.core.display import visible
 from mechinterp.core.result import Result
-from mechinterp.core.statistics import summarize
+from mechinterp.core.statistics import MIN_EXAMPLES, summarize
 from mechinterp.engine.plan import Plan
 
 ROLE_NAMES = {"induction": "Induction heads", "previous": "Previous-token heads"}
+
+CELLS = 3
+"""Cells of a grid that are named."""
+ALPHA = 0.05
 
 
 def findings(results: Sequence[Result], plan: Plan) -> list[str]:
@@ -23,6 +29,9 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
         out += _direct(direct, lens)
     if roles is not None:
         out += _roles(roles)
+    for result in results:
+        if result.meta.get("analyzer") == "ActivationPatching":
+            out += _patching(result)
     return out + _shared(plan, results)
 
 
@@ -98,6 +107,56 @@ def _heads(table: Any) -> str:
     )
     rest = int(table["specialised"].sum()) - len(top)
     return named + (f", and {rest} more" if rest else "")
+
+
+def _patching(result: Result) -> list[str]:
+    """What was restored, or destroyed, and by which cells."""
+    data = result.data
+    n = data.sizes["example"]
+    clean, corrupted = (float(data[name].mean()) for name in ("clean", "corrupted"))
+    right = int((data["clean"] > 0).sum())
+    out = [
+        f"Task: the model prefers the right answer on {right} of {n} clean prompts; mean logit difference"
+        f" {clean:.2f}, and {corrupted:.2f} on the corrupted ones (an effect of 1 is all of that difference)."
+    ]
+    frame: Any = result.table("effect")
+    several = "kind" in frame.columns
+    site = str(dict(result.meta["options"])["site"]).strip("'\"")
+    for name, group in frame.groupby("kind", sort=False) if several else [(site, frame)]:
+        out.append(f"Patching {name}: {_cells(group, data)}.")
+    return out
+
+
+def _cells(frame: Any, data: Any) -> str:
+    """The largest significant cells of a grid, or the largest where none is."""
+    frame = frame[frame["effect"].notna()]
+    if frame.empty:
+        return "no effect could be normalised, because the two prompts give the same answers"
+    frame = frame.reindex(frame["effect"].abs().sort_values(ascending=False, kind="stable").index)
+    significant = frame[frame["q"] < ALPHA]
+    if len(significant):
+        said = f"{len(significant)} of {len(frame)} cells are significant (q < .05), the largest "
+    elif frame["q"].notna().any():
+        said = f"none of {len(frame)} cells is significant (q < .05); the largest are "
+    else:
+        said = f"too few examples to test, of which it takes {MIN_EXAMPLES}; the largest of {len(frame)} cells are "
+    top = significant if len(significant) else frame
+    return said + "; ".join(_cell(row, data) for row in top.head(CELLS).to_dict("records"))
+
+
+def _cell(row: dict[str, Any], data: Any) -> str:
+    """``layer 23, head 4 at position 13 (␣to): 0.83 (0.71 to 0.95)``."""
+    part = next((a for a in ("head", "kv_head", "neuron") if a in row), None)
+    named = [f"layer {row['layer']}"] if "layer" in row else []
+    named += [f"{part.replace('_', ' ')} {row[part]}"] if part else []
+    where = ", ".join(named)
+    if "position" in row:
+        where += f" at {'position ' if not isinstance(row['position'], str) else ''}{row['position']}"
+        if "token" in data:
+            here = set(data["token"].sel(position=row["position"]).values.tolist()) - {""}
+            where += f" ({visible(here.pop())})" if len(here) == 1 else ""
+    interval = "" if math.isnan(row["ci_low"]) else f" ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
+    return f"{where}: {row['effect']:.2f}{interval}"
 
 
 def _shared(plan: Plan, results: Sequence[Result]) -> list[str]:
