@@ -63,7 +63,8 @@ class CausalTracing(Analyzer):
     With named `positions` they take the place of roles, and there are no tokens.
 
     Attributes:
-        subject: name that the examples give to the subject's tokens: a span, or the position of one token.
+        subject: name that the examples give to the subject's tokens: a span, or the position of one token
+            (in `tasks.capitals` the span is ``"country"``).
         kinds: ``"states"`` restores resid_post at one layer; ``"attention"`` and ``"mlp"`` attn_out and
             mlp_out at the `window` layers [layer - window // 2, layer + window - window // 2).
         window: layers restored together for attention and mlp.
