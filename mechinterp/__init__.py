@@ -65,6 +65,7 @@ _NAMES = {
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
+    "CausalTracing": "mechinterp.analyzers.tracing",
 }
 _MODULES = ("errors", "sites", "tasks", "testing")
 
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
+    from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,
     )

@@ -22,6 +22,7 @@ ANALYZERS: list[tuple[mi.Analyzer, tuple[str, ...]]] = [
     (mi.ActivationPatching("z", heads=((0, 2), 3), layers=(1,)), ()),
     (mi.Accuracy(), ("rank",)),
     (mi.ActivationStats(), ()),
+    (mi.CausalTracing("S1", ("states", "mlp"), copies=1, window=2, layers=(0, 2), skip_wrong=False), ()),
 ]
 
 

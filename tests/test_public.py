@@ -57,6 +57,7 @@ NAMES = [
     "DirectLogitAttribution",
     "HeadRoles",
     "ActivationPatching",
+    "CausalTracing",
     "errors",
     "sites",
     "tasks",

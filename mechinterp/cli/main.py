@@ -104,7 +104,9 @@ def demo(
 
 @app.command()
 def run(
-    examples: Annotated[Path, typer.Argument(help="A .jsonl or .csv file: text (or clean, corrupted), answer, wrong.")],
+    examples: Annotated[
+        Path, typer.Argument(help="A .jsonl or .csv file: text (or clean, corrupted), answer, wrong, subject.")
+    ],
     model: ModelName = "smollm2",
     analyzer: Annotated[
         list[str] | None,
