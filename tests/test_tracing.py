@@ -204,13 +204,12 @@ def test_every_token_has_one_role() -> None:
 
 def test_figures(llama: mi.Model) -> None:
     several = mi.run(llama, facts(), mi.CausalTracing(copies=1, skip_wrong=False))
-    assert [view.x for view in several.views] == ["role"] * 3
+    assert [(view.x, view.by) for view in several.views] == [("role", "kind")]
     one = mi.run(llama, facts(TEXTS[:1], SPANS[:1], [4]), mi.CausalTracing(copies=1, skip_wrong=False))
-    assert [view.x for view in one.views] == ["position"] * 3
+    assert [(view.x, view.by, view.x_text) for view in one.views] == [("position", "kind", "token")]
     assert one.data["token"].values[0].tolist() == llama.to_str_tokens(TEXTS[0])
     for result in (several, one):
-        for view in range(3):
-            assert result.figure(view).data[0].type == "heatmap"
+        assert [trace.type for trace in result.figure().data] == ["heatmap"] * 3
 
 
 @pytest.mark.parametrize(

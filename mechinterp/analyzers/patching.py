@@ -26,7 +26,8 @@ class ActivationPatching(Analyzer):
     Denoising runs the corrupted prompt and writes clean values: what is enough to restore the
     behaviour. Noising runs the clean prompt and writes corrupted values: what is needed for it.
     Either way ``effect`` is (patched - corrupted) / (clean - corrupted), with the mean difference
-    over the examples that have the cell as denominator: 1 is the clean run, 0 the corrupted one.
+    over the examples that have the cell as denominator: 1 is the clean run, 0 the corrupted one. So a cell
+    that does nothing has effect 0 when denoising and 1 when noising, which is where figures are white.
     Intervals and p are over examples (of patched - base, sign flips, NaN below six examples), the
     denominator held fixed; q is over all cells.
 
@@ -191,8 +192,9 @@ def _views(data: xr.Dataset, dims: tuple[str, ...], analyzer: ActivationPatching
     """Figures in which every cell is a cell of the grid, none a mean of several; and whether they need cells' names."""
     kinds = ", ".join((analyzer.site,) if isinstance(analyzer.site, str) else analyzer.site)
     title = f"Activation patching of {kinds} ({analyzer.direction})"
-    same: dict[str, Any] = {"unit": "effect", "center": 0.0, "scale": "shared"}
-    largest = View("bars", "effect", "cell", title=f"{title}: largest cells", unit="effect")
+    rest = 0.0 if analyzer.direction == "denoise" else 1.0  # the effect of a cell that does nothing
+    same: dict[str, Any] = {"unit": "effect", "center": rest, "scale": "shared"}
+    largest = View("bars", "effect", "cell", title=f"{title}: largest cells", unit="effect", center=rest)
     axes = [d for d in dims if d != "kind"]
     if len(axes) == 1:
         by = "kind" if "kind" in dims else None

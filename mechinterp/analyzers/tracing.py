@@ -273,17 +273,14 @@ def _unit(metric: Metric) -> str:
 
 
 def _views(asked: CausalTracing, across: str, examples: int) -> tuple[View, ...]:
-    """A heatmap for each kind: of one example over its tokens, of several over roles."""
+    """A panel for each kind: of one example over its tokens, of several over roles."""
     severed = "" if asked.sever is None else f", {asked.sever} severed"
     measured = "answer probability" if isinstance(asked.metric, AnswerProb) else type(asked.metric).__name__
-    out: list[View] = []
-    for kind in asked.kinds:
-        what = "state restored" if kind == "states" else f"{kind} of {asked.window} layers restored"
-        title = f"Causal tracing: {what}{severed}"
-        if examples == 1 and across == "role":
-            view = View("heatmap", "restored", "position", "layer", title=title, unit=measured, select={"kind": kind})
-        else:
-            unit = f"change of {measured}"
-            view = View("heatmap", "effect", across, "layer", title=title, unit=unit, center=0.0, select={"kind": kind})
-        out.append(view)
-    return tuple(out)
+    window = f", or {asked.window} layers of attention or MLPs," if set(asked.kinds) != {"states"} else ""
+    title = f"Causal tracing: one state{window} restored{severed}"
+    if examples == 1 and across == "role":
+        return (
+            View("heatmap", "restored", "position", "layer", by="kind", title=title, unit=measured, x_text="token"),
+        )
+    unit = f"change of {measured}"
+    return (View("heatmap", "effect", across, "layer", by="kind", title=title, unit=unit, center=0.0),)

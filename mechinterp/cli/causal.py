@@ -173,15 +173,14 @@ def trace(
 ) -> None:
     """Causal tracing: noise on a subject, and which states, restored one at a time, bring the answer back."""
     own = _one_or_file("EXAMPLES", examples, {"--prompt": prompt, "--subject": subject, "--answer": answer})
+    own = {"text" if name == "prompt" else name: value for name, value in own.items()}
     chosen = _layers(layers)
     with reported(debug):
         check_out(out)
         analyzer = mi.CausalTracing(
             window=window, copies=copies, noise=noise, sever=None if sever is None else sever.value, layers=chosen
         )
-        read = (
-            read_examples(examples) if examples is not None else _prompt(own["prompt"], own["subject"], own["answer"])
-        )
+        read = read_examples(examples) if examples is not None else mi.Examples.from_dataset([own])
         if read.answers is None or "subject" not in {*read.spans, *read.positions}:
             raise ExamplesError(f"{examples} has no subjects to trace; give every row text, subject and answer")
         title = f"Causal tracing of {'one prompt' if examples is None else examples.name} in {Path(model).name}"
@@ -205,17 +204,6 @@ def _one_or_file(name: str, file: Path | None, given: dict[str, str | None]) -> 
             else f"give a file {name}, or {', '.join(given)}"
         )  # fmt: skip
     return {option.removeprefix("--"): value for option, value in there.items()}
-
-
-def _prompt(text: str, subject: str, answer: str) -> "mi.Examples":
-    """One prompt with the characters of its subject."""
-    found = text.count(subject) if subject else 0
-    if found != 1:
-        raise ExamplesError(
-            f"the subject {subject!r} stands {found} times in the prompt {text!r}; give words that stand there once"
-        )
-    start = text.index(subject)
-    return mi.Examples.of([text], answers=[answer], spans={"subject": [(start, start + len(subject))]})
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

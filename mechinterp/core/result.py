@@ -55,8 +55,8 @@ class View:
     """A figure of a result, described rather than drawn; `report` renders it.
 
     ``heatmap`` shows `value` over `y` × `x`, one panel for each entry of `by`; ``lines`` shows it over
-    `x`, one line for each entry of `by`; ``bars`` shows the entries of `x` with the largest absolute
-    `value`. What is left over is averaged.
+    `x`, one line for each entry of `by`; ``bars`` shows the entries of `x` whose `value` is farthest from
+    `center` (or from 0). What is left over is averaged.
     """
 
     kind: Literal["heatmap", "lines", "bars"]
@@ -71,7 +71,7 @@ class View:
     mark: str | None = None
     """A boolean variable whose cells are marked; by default those with q < .05, where there is a q."""
     center: float | None = None
-    """The value at the middle of a diverging colour scale; None for a sequential one."""
+    """The value at the middle of a diverging colour scale, None for a sequential one; and where bars begin."""
     select: Mapping[str, Any] = field(default_factory=dict)
     """Only the rows of the table with these entries."""
     x_text: str | None = None

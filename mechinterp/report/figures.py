@@ -274,9 +274,10 @@ def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
 def _plotly_bars(figure: go.Figure, bars: Bars) -> tuple[int, int]:
     colors = [_rgba(PALETTE[0], 1.0 if solid else PALE) for solid in bars.solid]
     figure.add_bar(
-        x=bars.values, y=[_plain(n) for n in bars.names], orientation="h", marker={"color": colors},
+        x=bars.values - bars.center, base=bars.center, y=[_plain(n) for n in bars.names], orientation="h",
+        marker={"color": colors},
         error_x=_whiskers(bars.values, bars.low, bars.high, "#333333"),
-        hovertemplate=f"%{{y}}<br>{_plain(bars.label)} %{{x:.4g}}<extra></extra>",
+        customdata=bars.values, hovertemplate=f"%{{y}}<br>{_plain(bars.label)} %{{customdata:.4g}}<extra></extra>",
     )  # fmt: skip
     figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
     figure.update_xaxes(title=_plain(bars.label), zerolinecolor="#888")
@@ -384,11 +385,11 @@ def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
 def _matplotlib_bars(axes: Axes, bars: Bars) -> None:
     places = np.arange(len(bars.names))
     colors = [(*to_rgb(PALETTE[0]), 1.0 if solid else PALE) for solid in bars.solid]
-    axes.barh(places, bars.values, color=colors, height=0.72)
+    axes.barh(places, bars.values - bars.center, left=bars.center, color=colors, height=0.72)
     if bars.low is not None and bars.high is not None:
         axes.hlines(places, bars.low, bars.high, color="#ffffff", linewidth=2.6)  # seen on the bar too
         axes.hlines(places, bars.low, bars.high, color="#333333", linewidth=1)
-    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.axvline(bars.center, color="#888888", linewidth=0.8)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_yticks(places, [drawable(name) for name in bars.names])  # ticks are set anew when drawn

@@ -105,7 +105,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """The entries with the largest absolute value, largest first."""
+    """The entries farthest from `center`, farthest first."""
 
     title: str
     note: str
@@ -116,6 +116,8 @@ class Bars:
     """False where q ≥ .05: drawn paler."""
     low: Numbers | None = None
     high: Numbers | None = None
+    center: float = 0.0
+    """Where bars begin."""
 
 
 Panel: TypeAlias = Heat | Heats | Lines | Bars
@@ -378,12 +380,18 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
 def _bars(frame: pd.DataFrame, view: View) -> Bars:
     cells, (x,) = _cells(frame, view.x)
     values, (low, high), q = cells.mean(view.value), cells.interval(), cells.own("q")
-    order = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")
+    center = view.center or 0.0
+    order = np.argsort(-np.nan_to_num(np.abs(values - center)), kind="stable")
     order = order[np.isfinite(values[order])][:LARGEST]
     of = f"largest {len(order)} of {len(x)}" if len(order) < len(x) else ""
     if q is not None and not np.isfinite(q).any():  # too few examples for any test
         q = None
-    notes = [of, "" if low is None else "whiskers: 95% interval", "" if q is None else "pale: q ≥ .05"]
+    notes = [
+        of,
+        f"bars begin at {center:g}" if center else "",
+        "" if low is None else "whiskers: 95% interval",
+        "" if q is None else "pale: q ≥ .05",
+    ]
     return Bars(
         title=view.title or f"{view.value} by {view.x}",
         note="; ".join(n for n in notes if n),
@@ -393,6 +401,7 @@ def _bars(frame: pd.DataFrame, view: View) -> Bars:
         solid=np.ones(len(order), bool) if q is None else np.nan_to_num(q[order], nan=1.0) < ALPHA,
         low=None if low is None else low[order],
         high=None if high is None else high[order],
+        center=center,
     )
 
 
