@@ -188,7 +188,7 @@ def _cell(row: dict[Any, Any], data: Any) -> str:
             here = set(data["token"].sel(position=row["position"]).values.tolist()) - {""}
             where += f" ({visible(here.pop())})" if len(here) == 1 else ""
     interval = "" if math.isnan(row["ci_low"]) else f" ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
-    return f"{where} {row['effect']:.2f}{interval}"
+    return f"{where}: {row['effect']:.2f}{interval}"
 
 
 def _shared(plan: Plan, results: Sequence[Result]) -> list[str]:
