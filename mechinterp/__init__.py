@@ -67,13 +67,14 @@ _NAMES = {
     "ActivationPatching": "mechinterp.analyzers.patching",
     "CausalTracing": "mechinterp.analyzers.tracing",
 }
-_MODULES = ("errors", "sites", "tasks", "testing")
+_MODULES = ("errors", "sites", "studies", "tasks", "testing")
 
 __all__ = [*_NAMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll] -- the re-exports below serve checkers
 
 if TYPE_CHECKING:
     from mechinterp import errors as errors
     from mechinterp import sites as sites
+    from mechinterp import studies as studies
     from mechinterp import tasks as tasks
     from mechinterp import testing as testing
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy

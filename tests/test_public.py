@@ -60,6 +60,7 @@ NAMES = [
     "CausalTracing",
     "errors",
     "sites",
+    "studies",
     "tasks",
     "testing",
 ]

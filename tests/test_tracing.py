@@ -8,7 +8,7 @@ import torch
 
 import mechinterp as mi
 from mechinterp import sites
-from mechinterp.analyzers.tracing import EARLIER, ROLES, roles_of
+from mechinterp.analyzers.tracing import EARLIER, ROLES, START, roles_of
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Site
 
@@ -197,8 +197,8 @@ def test_every_token_has_one_role() -> None:
     examples = mi.Examples.of([[1] * 8, [1] * 4, [1] * 3], spans={"it": [(1, 5), (2, 4), (0, 1)]})
     first, middle, last, subsequent, further, end = ROLES
     roles = roles_of(examples.tokenize(None), "it", 8).tolist()
-    assert roles[0] == [EARLIER, first, middle, middle, last, subsequent, further, end]
-    assert roles[1] == [EARLIER, EARLIER, first, last, "", "", "", ""]
+    assert roles[0] == [START, first, middle, middle, last, subsequent, further, end]
+    assert roles[1] == [START, EARLIER, first, last, "", "", "", ""]
     assert roles[2] == [last, subsequent, end, "", "", "", "", ""]
 
 

@@ -27,7 +27,7 @@ KINDS = {"states": "resid_post", "attention": "attn_out", "mlp": "mlp_out"}
 
 SEVERED = {"mlp": "mlp_out", "attention": "attn_out"}
 
-EARLIER = "earlier tokens"
+START, EARLIER = "first token", "earlier tokens"
 ROLES = (
     "first subject token",
     "middle subject tokens",
@@ -36,7 +36,10 @@ ROLES = (
     "further tokens",
     "last token",
 )
-"""What a token is to the subject, as in figure 2 of Meng et al. (2022); tokens before it are `EARLIER`."""
+"""What a token is to the subject, as in figure 2 of Meng et al. (2022).
+
+Before it, the prompt's first token is `START`, often an attention sink, and others are `EARLIER`.
+"""
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class Restoring(Analyzer):
             across, roles = "role", roles_of(context.tokens, asked.subject, restored.shape[-1])
             change = np.stack([_mean_where(change, roles == role) for role in ROLES], -1)
             named["token"] = (("example", "position"), _strings(context, restored.shape[-1]))
-            named["token_role"] = (("example", "position"), np.where(roles == EARLIER, "", roles))
+            named["token_role"] = (("example", "position"), np.where(np.isin(roles, ROLES), roles, ""))
         effect, total = summarize(change, context.seed), summarize(clean - noised, context.seed)
         order = ("mean", "ci_low", "ci_high", "p", "q")
         data = xr.Dataset(
@@ -241,14 +244,14 @@ def subject_spans(tokens: Tokens, name: str) -> tuple[Span, ...]:
 
 
 def roles_of(tokens: Tokens, subject: str, width: int) -> Strings:
-    """Role of every token, ``example position``: one of `ROLES` or `EARLIER`; "" beyond an example's end."""
+    """Role of every token, ``example position``: one of `ROLES`, `START` or `EARLIER`; "" beyond an example's end."""
     rows = zip(tokens.lengths, subject_spans(tokens, subject), strict=True)
     return np.array([[_role(i, length, *span) if i < length else "" for i in range(width)] for length, span in rows])
 
 
 def _role(at: int, length: int, start: int, stop: int) -> str:
     if at < start:
-        return EARLIER
+        return EARLIER if at else START
     first, middle, last, subsequent, further, end = ROLES
     if at < stop:
         return last if at == stop - 1 else first if at == start else middle
