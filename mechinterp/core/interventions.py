@@ -127,7 +127,8 @@ class Noise(Intervention):
 
     def __call__(self, value: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed)
-        if value.ndim == 2:
+        lone = isinstance(resolve(self.site, 1)[0].neurons, int)
+        if value.ndim == (1 if lone else 2):
             draw = torch.randn(value.shape[1:], generator=generator)
         else:  # position by position, so that a longer batch begins with the same draw
             draw = torch.stack([torch.randn(value.shape[2:], generator=generator) for _ in range(value.shape[1])])

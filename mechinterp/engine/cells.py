@@ -6,12 +6,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mechinterp.core.analyzer import Sweep
-from mechinterp.core.tokens import TokenBatch
-from mechinterp.engine.sweep import Grid
+from mechinterp.core.tokens import TokenBatch, Where
+from mechinterp.engine.sweep import Grid, edit
 from mechinterp.model.model import Model
-from mechinterp.sites import resolve
+from mechinterp.sites import Site, resolve
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Bools: TypeAlias = npt.NDArray[np.bool_]
@@ -29,7 +30,7 @@ class Rows:
     start: Ints
     stop: Ints
     length: Ints
-    """The example's tokens: where `stop` goes once the row's change has spread."""
+    """The row's tokens: where `stop` goes once its change has spread."""
     enters: Ints
     """Layer at which the row joins."""
     spreads: Bools
@@ -41,6 +42,10 @@ class Rows:
     def take(self, which: Any) -> "Rows":
         return Rows(*(getattr(self, name)[which] for name in Rows.__dataclass_fields__))
 
+    @classmethod
+    def joined(cls, many: "list[Rows]") -> "Rows":
+        return cls(*(np.concatenate([getattr(rows, name) for rows in many]) for name in cls.__dataclass_fields__))
+
 
 class Cells:
     """The cells of a sweep over right-padded examples, and the rows that they come to. Runs nothing."""
@@ -50,27 +55,100 @@ class Cells:
         self.grid = Grid.of(sweep, model, width)
         self.lengths: Ints = batch.lengths.cpu().numpy()
         self._columns: dict[Any, tuple[Ints, Bools]] = {}
+        self.edited = self._edited() if sweep.edits else None
+        """Every edited input of every example, one after the other."""
+        self.place: Ints = self._places()
+        """Where in `edited` a cell of an example is, ``example cell``; -1 where it is not."""
+
+    def _edited(self) -> TokenBatch:
+        """Every edited input; an edit that a token's batch-mates lack does not matter to it."""
+        base = self.batch.run(self.sweep.base)
+        pairs = [(i, one) for i, row in enumerate(self.batch.rows) for one in self.sweep.edits[row]]
+        return edit(base, [i for i, _ in pairs], [one for _, one in pairs])
+
+    def _places(self) -> Ints:
+        out = np.full((len(self.lengths), self.grid.rows), -1, np.int64)
+        if self.edited is not None:
+            counts = [len(self.sweep.edits[row]) for row in self.batch.rows]
+            for i, (first, count) in enumerate(zip(np.cumsum([0, *counts]).tolist(), counts, strict=False)):
+                out[i, :count] = np.arange(first, first + count)
+        return out
 
     def columns(self, positions: Any) -> tuple[Ints, Bools]:
         """(columns, valid), ``example chosen``, of a choice of positions; None is every real one."""
         if positions not in self._columns:
-            where = self.batch.where(positions, strict=False)
-            n = len(self.lengths)
-            if where is None:
-                columns = np.tile(np.arange(int(self.lengths.max())), (n, 1))
-                valid = columns < self.lengths[:, None]
-            else:
-                columns = where.columns.cpu().numpy().reshape(n, -1)
-                valid = np.ones(columns.shape, bool)
-                if where.valid is not None:
-                    valid = where.valid.cpu().numpy().reshape(columns.shape)
-            self._columns[positions] = columns, valid
+            self._columns[positions] = _columns(self.batch, positions)
         return self._columns[positions]
 
+    def metric_columns(self, rows: Rows) -> tuple[Ints, Bools]:
+        """(columns, valid), ``row chosen``, at which the metric wants logits of rows; none without a metric."""
+        if self.sweep.metric is None:
+            return np.zeros((len(rows), 0), np.int64), np.zeros((len(rows), 0), bool)
+        where = self.sweep.metric.positions
+        if self.edited is None:
+            columns, valid = self.columns(where)
+            return columns[rows.example], valid[rows.example]
+        columns, valid = _columns(self.edited, where)
+        at = self.place[rows.example, rows.cell]
+        return columns[at], valid[at]
+
     def of_cell(self, cells: Ints) -> tuple[Ints, Ints, Ints]:
-        """Numbers of the group, the position and the head of each cell."""
-        heads, positions = len(self.grid.parts), len(self.grid.positions)
-        return cells // (heads * positions), cells // heads % positions, cells % heads
+        """Numbers of the group, the position and the part of each cell."""
+        parts, positions = len(self.grid.parts), len(self.grid.positions)
+        return cells // (parts * positions), cells // parts % positions, cells % parts
+
+    def rows(self, skip: bool = True) -> tuple[Rows, Bools]:
+        """The rows that must be run, and (``example cell``) which cells an example lacks.
+
+        Args:
+            skip: leave out rows that write what is there already.
+        """
+        if self.edited is not None:
+            return self._rows_of_edits(self.edited), self.place < 0
+        examples, none = len(self.lengths), np.iinfo(np.int64).max
+        first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
+        missing = np.zeros((examples, self.grid.rows), bool)
+        parts = len(self.grid.parts)
+        found: list[Rows] = []
+        for number, (g, position) in enumerate(itertools.product(range(len(self.grid.groups)), self.grid.positions)):
+            group = self.grid.groups[g]
+            patches = self.sweep.patches and (not self.grid.writes or not any(self.grid.writes[g]))
+            start, stop = np.full(examples, none), np.zeros(examples, np.int64)
+            gone = np.zeros(examples, bool)
+            for site in group:
+                columns, valid = self.columns(site.positions if position is None else position)
+                gone |= ~valid.any(1)
+                active = valid & (columns >= first[:, None]) if patches else valid
+                start = np.minimum(start, np.where(active, columns, none).min(1))
+                stop = np.maximum(stop, np.where(active, columns + 1, 0).max(1))
+            cells = np.arange(number * parts, (number + 1) * parts)
+            missing[:, cells] = gone[:, None]
+            enters, spreads = self._entry(group)
+            cell, example = (
+                each.ravel() for each in np.meshgrid(cells, np.nonzero((stop > start) & ~gone)[0], indexing="ij")
+            )
+            length = self.lengths[example]
+            found.append(
+                Rows(
+                    cell,
+                    example,
+                    start[example],
+                    length if spreads else stop[example],
+                    length,
+                    np.full(len(cell), enters),
+                    np.full(len(cell), spreads),
+                )
+            )
+        return Rows.joined(found), missing
+
+    def _entry(self, group: tuple[Site, ...]) -> tuple[int, bool]:
+        """The layer at which rows that write these sites join, and whether they carry later columns from there."""
+        first = min(group, key=lambda s: s.order)
+        if first.kind == "final_norm":
+            return self.model.dims.n_layers, False
+        if first.kind == "resid_post":  # at the end of a layer is before the next
+            return (first.layer or 0) + 1, True
+        return first.layer or 0, any(s.kind in SPREADS and (s.layer or 0) == (first.layer or 0) for s in group)
 
     def _first_difference(self) -> Ints:
         """For each example, the first column at which the source run may differ from the base run."""
@@ -83,54 +161,41 @@ class Cells:
                 differs[examples, columns[valid]] = True
         return np.where(differs.any(1), differs.argmax(1), self.lengths)
 
-    def rows(self, skip: bool = True) -> tuple[Rows, Bools]:
-        """The rows that must be run, and (``example cell``) which cells an example lacks.
-
-        Args:
-            skip: leave out rows that write what is there already.
-        """
-        examples, none = len(self.lengths), np.iinfo(np.int64).max
-        first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
-        missing = np.zeros((examples, self.grid.rows), bool)
-        heads = len(self.grid.parts)
-        found: list[Rows] = []
-        for number, (group, position) in enumerate(itertools.product(self.grid.groups, self.grid.positions)):
-            start, stop = np.full(examples, none), np.zeros(examples, np.int64)
-            gone = np.zeros(examples, bool)
-            for site in group:
-                columns, valid = self.columns(site.positions if position is None else position)
-                gone |= ~valid.any(1)
-                active = valid & (columns >= first[:, None])
-                start = np.minimum(start, np.where(active, columns, none).min(1))
-                stop = np.maximum(stop, np.where(active, columns + 1, 0).max(1))
-            cells = np.arange(number * heads, (number + 1) * heads)
-            missing[:, cells] = gone[:, None]
-            entry = min(group, key=lambda s: s.order)
-            some = np.nonzero((stop > start) & ~gone)[0]
-            # At the end of a layer is before the next.
-            spreads = entry.kind == "resid_post" or any(
-                site.kind in SPREADS and site.layer == entry.layer for site in group
-            )
-            cell, example = (each.ravel() for each in np.meshgrid(cells, some, indexing="ij"))
-            length = self.lengths[example]
-            enters = (entry.layer or 0) + (entry.kind == "resid_post")
-            found.append(
-                Rows(
-                    cell,
-                    example,
-                    start[example],
-                    length if spreads else stop[example],
-                    length,
-                    np.full(len(cell), enters),
-                    np.full(len(cell), spreads),
-                )
-            )
-        return Rows(
-            *(np.concatenate([getattr(rows, name) for rows in found]) for name in Rows.__dataclass_fields__)
-        ), missing
+    def _rows_of_edits(self, edited: TokenBatch) -> Rows:
+        """Rows that share with the base run whatever stands before the first token that is not its own."""
+        example, cell = np.nonzero(self.place >= 0)
+        length: Ints = edited.lengths.cpu().numpy()
+        width = min(edited.ids.shape[1], self.batch.ids.shape[1])
+        base = self.batch.run(self.sweep.base).ids[torch.as_tensor(example, device=edited.ids.device), :width]
+        differs = (base != edited.ids[:, :width]).cpu().numpy() & (np.arange(width) < length[:, None])
+        start = np.where(differs.any(1), differs.argmax(1), np.minimum(length, self.lengths[example]))
+        same = (start == length) & (length == self.lengths[example])  # a token replaced by itself
+        count = len(cell)
+        rows = Rows(cell, example, start, length, length, np.zeros(count, np.int64), np.ones(count, bool))
+        columns, valid = self.metric_columns(rows)  # what the metric wants is carried, though it be the base's
+        wanted = np.where(valid, columns, length[:, None] - 1).min(1)
+        if self.sweep.metric is not None and self.sweep.metric.positions is None:
+            wanted = length - 1
+        rows.start = np.minimum(start, wanted)
+        return rows.take(~same)
 
     def token_layers(self, rows: Rows) -> int:
         """Tokens × layers that rows carry, all columns of the last layer included."""
         later = self.model.dims.n_layers - rows.enters
         entry = np.where(rows.spreads, 0, rows.stop - rows.length)
         return int(((rows.length - rows.start) * later + np.where(later > 0, entry, 0)).sum())
+
+
+def _columns(batch: TokenBatch, positions: Any) -> tuple[Ints, Bools]:
+    """(columns, valid), ``example chosen``; None is every real one."""
+    where: Where | None = batch.where(positions, strict=False)
+    lengths: Ints = batch.lengths.cpu().numpy()
+    n = len(lengths)
+    if where is None:
+        columns = np.tile(np.arange(int(lengths.max())), (n, 1))
+        return columns, columns < lengths[:, None]
+    columns = where.columns.cpu().numpy().reshape(n, -1)
+    valid = np.ones(columns.shape, bool)
+    if where.valid is not None:
+        valid = where.valid.cpu().numpy().reshape(columns.shape)
+    return columns, valid

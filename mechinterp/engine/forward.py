@@ -213,3 +213,9 @@ def _fired(reads: Sequence[Read], values: Mapping[Read, Tensor]) -> None:
                 f"the read of {read.site} ({' '.join(read.site.axes)}) did not fire: the model did not run that"
                 " module in this pass; check that nothing replaced it"
             )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("alloc" in text and "memory" in text)

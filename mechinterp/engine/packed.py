@@ -14,24 +14,22 @@ import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Sweep, Swept
-from mechinterp.core.interventions import Add, Knockout, Mean, Noise, Project, Replace, Scale, Steer, Zero
+from mechinterp.core.interventions import Add, Intervention, Knockout, Mean, Noise, Project, Replace, Scale, Steer, Zero
 from mechinterp.core.metrics import Function
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.engine.cells import Cells, Rows
-from mechinterp.engine.flight import Flight, Runs
-from mechinterp.engine.forward import score
-from mechinterp.engine.sweep import Grid
+from mechinterp.engine.cells import Cells, Ints, Rows
+from mechinterp.engine.flight import Flight
+from mechinterp.engine.forward import out_of_memory, score
+from mechinterp.engine.sweep import Grid, entries
+from mechinterp.engine.writing import Runs
 from mechinterp.errors import NeedsError
 from mechinterp.model.attention import PREFIX
 from mechinterp.model.model import Model
-from mechinterp.model.slices import PATTERN_KINDS
-from mechinterp.sites import KINDS, resolve
+from mechinterp.model.slices import PATTERN_KINDS, select
+from mechinterp.sites import KINDS, Site, resolve
 
 BUDGET = 1 << 30
 """Bytes that a sweep may take beside the model."""
-
-_LAST = ("final_norm", "logits")
-
 
 _FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout)
 """Interventions that make of each position what does not depend on the others; a user's own may."""
@@ -43,35 +41,51 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
     Args:
         spans: names that the examples give to several tokens.
     """
-    if sweep.edits:
-        return "inputs are edited"
-    if sweep.rows or sweep.held or sweep.neurons:
-        return "not packed yet"
-    written = [*resolve(sweep.sites, model.dims.n_layers)]
+    grid = Grid.of(sweep, model, 1)
+    written = [site for row in grid for site, _ in row]
     given = [site for one in sweep.given for site in resolve(one.site, model.dims.n_layers)]
-    for site in [*written, *given]:
-        if site.per_query_head:
-            return f"{site.kind} is written per query head"
-        if site.kind in _LAST:
-            return f"{site.kind} comes after the last layer"
+    held = resolve(sweep.held, model.dims.n_layers)
+    for what, sites in (("written", [*written, *given, *held]), ("read", sweep.reads)):
+        if split := next((site for site in sites if site.per_query_head), None):
+            return f"{split.kind} is {what} per query head"
+    if any(site.kind == "logits" for site in (*written, *given, *held)):
+        return "logits are written, after all that can be packed"
     if any(site.kind in PATTERN_KINDS for site in given):
         return "what is given writes scores or pattern"
-    if any(site.kind == "resid_pre" for site in given) and any(s.kind in ("embed", "resid_post") for s in written):
+    if any(site.kind in PATTERN_KINDS for site in sweep.reads):
+        return "rows are read at scores or pattern"
+    if any(s.kind == "attn_out" for s in sweep.reads) and any(s.kind == "resid_mid" for s in (*written, *given, *held)):
+        return "attn_out is read, of which a write at resid_mid is a change"
+    if given and sweep.edits:
+        return "inputs are edited, and something is given at their positions"
+    twins = any(site.kind in ("embed", "resid_post") for site in (*written, *held, *sweep.reads))
+    if any(site.kind == "resid_pre" for site in given) and twins:
         return "what is given is written after the row's own site, to the same tensor"
-    if sweep.reads:
-        return "rows are read"
-    if sweep.metric is not None and sweep.metric.positions is None:
-        return f"{type(sweep.metric).__name__} needs logits at every position"
-    if sweep.metric is not None and sweep.metric.positions in spans:
-        return f"{type(sweep.metric).__name__} needs logits at all tokens of {sweep.metric.positions!r}"
-    example = next(iter(Grid.of(sweep, model, 1)))[0][0]
-    mixing = [one for one in sweep.given if not isinstance(one, _FIXED)]
-    if any(s.positions != "end" and not isinstance(s.positions, int) for one in mixing for s in resolve(one.site, 1)):
+    return _mixes(sweep, grid, spans) or _watched(model)
+
+
+def _mixes(sweep: Sweep, grid: Grid, spans: Collection[str]) -> str | None:
+    """Whether a user's function may carry a change to earlier positions."""
+
+    def several(site: Site) -> bool:
+        where = site.positions
+        return where in spans or (where != "end" and not isinstance(where, int | str))
+
+    def function(one: Intervention | None) -> bool:
+        return one is not None and not isinstance(one, _FIXED)
+
+    if any(function(one) and several(site) for one in sweep.given for site in resolve(one.site, 1)):
         return "what is given may carry a change to earlier positions"
-    several = example.positions != "end" and not isinstance(example.positions, int) and sweep.positions != "each"
-    function = sweep.write is not None and not isinstance(sweep.write(example), _FIXED)
-    if function and several and (sweep.window > 1 or sweep.given):
-        return "a function of several positions, in several layers, may carry a change to earlier ones"
+    if sweep.positions == "each":
+        return None
+    for row in grid:
+        if (sweep.given or len(row) > 1) and any(function(write) and several(site) for site, write in row):
+            return "a function of several positions, in several layers, may carry a change to earlier ones"
+    return None
+
+
+def _watched(model: Model) -> str | None:
+    """Whether somebody must see every row in a pass of its own."""
     if str(model.hf.config._attn_implementation).startswith(PREFIX):
         return "an intervention in force around it must see every row"
     tops = (model.hf, model.hf.get_submodule(model.arch.base))  # a hook there sees unedited runs, and no rows
@@ -103,7 +117,7 @@ def sweep_packed(
     """
     whole = batch.right_padded()
     pieces: list[Swept] = []
-    width = int(whole.lengths.max())
+    width = entries(sweep, int(whole.lengths.max()), whole.rows)
     size = _examples_at_once(model, sweep, whole, budget)
     if isinstance(sweep.metric, Function) or _applies(sweep, model):
         size = len(whole)  # a user's function may know the batch by heart
@@ -111,18 +125,36 @@ def sweep_packed(
         some = whole.take(range(start, min(start + size, len(whole))))
         pieces.append(_Sweeping(model, some, sweep, width, tick, budget, skip).run())
     first = pieces[0]
+    shape = [len(each) for _, each in first.coords.items()]
+    reads = {site: _joined(batch, site, [piece.reads[site] for piece in pieces]) for site in sweep.reads}
+    reads = {site: value.unflatten(1, shape) for site, value in reads.items()}
 
     def join(name: str) -> Tensor | None:
         found = [getattr(piece, name) for piece in pieces]
         return None if found[0] is None else torch.cat(found)
 
-    return Swept(join("values"), first.axes, join("base"), join("source"), {}, first.coords)
+    return Swept(join("values"), first.axes, join("base"), join("source"), reads, first.coords)
+
+
+def _joined(batch: TokenBatch, site: Site, pieces: list[Tensor]) -> Tensor:
+    """``example cell ...`` of all examples; all positions stand where the batch has them, padding is NaN."""
+    if batch.where(site.positions, strict=False) is not None:
+        return torch.cat(pieces)
+    width = batch.ids.shape[1]
+    out = torch.cat(pieces).new_full((len(batch), pieces[0].shape[1], width, *pieces[0].shape[3:]), float("nan"))
+    row = 0
+    for piece in pieces:
+        for one in piece:
+            start, length = int(batch.starts[row]), int(batch.lengths[row])
+            out[row, :, start : start + length] = one[:, :length]
+            row += 1
+    return out
 
 
 def packed_cost(model: Model, batch: TokenBatch, sweep: Sweep) -> tuple[int, int]:
     """Rows and token-layers of a sweep, known from the tokens alone."""
     whole = batch.right_padded()
-    cells = Cells(model, whole, sweep, int(whole.lengths.max()))
+    cells = Cells(model, whole, sweep, entries(sweep, int(whole.lengths.max()), whole.rows))
     rows, _ = cells.rows()
     return len(rows), cells.token_layers(rows)
 
@@ -139,7 +171,8 @@ def _examples_at_once(model: Model, sweep: Sweep, batch: TokenBatch, budget: int
     per_token = d.n_layers * (d.d_model + 2 * d.n_kv_heads * d.d_head)
     widths = {"d_model": d.d_model, "d_head": d.d_head, "d_mlp": d.d_mlp, "expert": d.n_experts}
     widths |= {"head": d.n_heads, "kv_head": d.n_kv_heads, "query": 1, "key": int(batch.lengths.max())}
-    for site in {s for group in Grid.of(sweep, model).groups for s in group}:
+    written = {site.whole for group in Grid.of(sweep, model).groups for site in group}
+    for site in [*written, *(site.whole for site in (*resolve(sweep.held, d.n_layers), *sweep.reads))]:
         sizes = [widths.get(axis, 1) for axis in KINDS[site.kind].axes]
         per_token += int(np.prod(sizes)) * (1 if sweep.patches else 2)
     each = max(per_token * item, _bytes_in_flight(model)) * int(batch.lengths.max())
@@ -175,34 +208,58 @@ class _Sweeping(Runs):
         self.budget, self.skip = budget, skip
 
     def run(self) -> Swept:
-        metric = self.sweep.metric
-        assert metric is not None
-        base = score(metric, self.batch.run(self.sweep.base), self.base, self.clean)
-        source = None
-        if self.source is not None:
-            source = score(metric, self.batch.run(self.sweep.source), self.source, self.clean)
+        """`reads` are ``example cell *site`` here."""
+        metric, sweep = self.sweep.metric, self.sweep
+        base = source = values = None
         rows, missing = self.rows(self.skip)
-        values = base[:, None].repeat(1, self.grid.rows)
+        if metric is not None:
+            base = score(metric, self.batch.run(sweep.base), self.base, self.clean)
+            values = base[:, None].repeat(1, self.grid.rows)
+            if self.source is not None:
+                source = score(metric, self.batch.run(sweep.source), self.source, self.clean)
+        for site in sweep.reads:
+            whole = select(self.value(site.whole), site, self.batch.where(site.positions, strict=False))
+            self.reads[site] = whole[:, None].repeat(1, self.grid.rows, *[1] * (whole.ndim - 1))
         for chunk in self._chunks(rows):
-            flight = Flight(self, chunk, self.budget)
-            self._score(*flight.run(), values)
-            self.tick("sweep_rows", len(chunk))
-            self.tick("sweep_token_layers", flight.token_layers)
-        values = values.masked_fill(torch.as_tensor(missing, device=self.device), float("nan"))
-        shape = tuple(len(entries) for _, entries in self.grid.axes)
+            self._fly(chunk, values)
+        if values is not None:
+            values = values.masked_fill(torch.as_tensor(missing, device=self.device), float("nan"))
+            values = values.reshape(len(self.lengths), *(len(entries) for _, entries in self.grid.axes))
         names = tuple(name for name, _ in self.grid.axes)
-        return Swept(values.reshape(len(self.lengths), *shape), names, base, source, {}, dict(self.grid.axes))
+        return Swept(values, names, base, source, self.reads, dict(self.grid.axes))
+
+    def _fly(self, rows: Rows, values: Tensor | None) -> None:
+        """Take a chunk of rows through the model; halved, and halved again, when memory runs out."""
+        try:
+            flight = Flight(self, rows, self.budget)
+            row, which, final = flight.run()
+            if values is not None:
+                self._score(rows, row, which, final, values)
+        except (RuntimeError, MemoryError) as error:
+            cells = np.unique(rows.cell)
+            if not out_of_memory(error) or len(cells) == 1:
+                raise
+            half = rows.cell < cells[len(cells) // 2]
+        else:
+            self.tick("sweep_rows", len(rows))
+            self.tick("sweep_token_layers", flight.token_layers)
+            return
+        self.budget = max(1, self.budget // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for part in (rows.take(half), rows.take(~half)):
+            self._fly(part, values)
 
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
         """Whole cells, early layers first, as many as fit into what the caches leave of the budget."""
         passes = [self.base] if self.source is None else [self.base, self.source]
         caches = sum(v.numel() * v.element_size() for one in passes for v in one.values.values())
-        room = max(1, (self.budget - caches) // _bytes_in_flight(self.model))
         rows = rows.take(np.lexsort((rows.cell, rows.enters)))
         firsts = np.nonzero(np.diff(rows.cell, prepend=-1))[0]  # a cell's examples are neighbours
         sizes = np.add.reduceat(rows.length - rows.start, firsts) if len(rows) else firsts
         begin, total = 0, 0
         for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True):
+            room = max(1, (self.budget - caches) // _bytes_in_flight(self.model))
             if total and total + size > room:
                 yield rows.take(slice(begin, first))
                 begin, total = first, 0
@@ -210,26 +267,53 @@ class _Sweeping(Runs):
         if total:
             yield rows.take(slice(begin, len(rows)))
 
-    def _score(self, rows: Rows, final: Tensor, values: Tensor) -> None:
-        """Put the metric of rows, whose final norms at its column are given, into ``example cell``."""
+    def _score(self, rows: Rows, row: Ints, which: Ints, final: Tensor, values: Tensor) -> None:
+        """Put the metric of rows into ``example cell``.
+
+        Args:
+            final: final norms of `row` at the metric's column number `which`.
+        """
         metric = self.sweep.metric
         assert metric is not None
-        wanted, examples = metric.rows(self.batch), len(self.lengths)
-        base = self.base.logits[metric]
-        of_base = self.batch.run(self.sweep.base)
-        cells = np.unique(rows.cell)
-        # A callable sees one cell at a time, as it would in passes of its own.
-        step = 1 if isinstance(metric, Function) else max(1, self.budget // (16 * base[0].numel() * 4 * examples))
-        for begin in range(0, len(cells), step):
-            some = cells[begin : begin + step]
-            which = np.nonzero((rows.cell >= some[0]) & (rows.cell <= some[-1]))[0]
-            cell = np.searchsorted(some, rows.cell[which])
-            logits = base.repeat(len(some), *[1] * (base.ndim - 1))
-            place = self.tensor(cell * examples + rows.example[which])
-            logits[place] = self.model.unembed(final[self.tensor(which)], wanted)
-            many = of_base.take(list(range(examples)) * len(some))
+        wanted, base, every = metric.rows(self.batch), self.base.logits[metric], metric.positions is None
+        where = self.batch.where(metric.positions)
+        several = where is None or where.columns.ndim == 2
+        for some, slots, examples, cells in self._together(rows, base[0].numel()):
+            place = np.full(len(rows), -1)
+            place[some] = slots
+            at = np.nonzero(place[row] >= 0)[0]
+            logits, to = base[self.tensor(examples)], self.tensor(place[row[at]])
+            new = self.model.unembed(final[self.tensor(at)], wanted)
+            if several:
+                logits[to, self.tensor(which[at])] = new
+            else:
+                logits[to] = new
+            inputs = self.batch.run(self.sweep.base)
+            if self.edited is None:
+                inputs = inputs.take(examples.tolist())
+            else:
+                inputs = self.edited.take(self.place[examples, cells].tolist())
             reference = None
             if metric.compares and self.clean is not None:
-                reference = self.clean.logits[metric].repeat(len(some), *[1] * (base.ndim - 1))
-            got = metric.score(logits, many, wanted, reference)
-            values[self.tensor(rows.example[which]), self.tensor(rows.cell[which])] = got[place].to(values.dtype)
+                reference = self.clean.logits[metric][self.tensor(examples)]
+            width = inputs.ids.shape[1]
+            logits, reference = (x[:, :width] if every and x is not None else x for x in (logits, reference))
+            assert logits is not None
+            got = metric.score(logits, inputs, wanted, reference)[self.tensor(slots)]
+            values[self.tensor(rows.example[some]), self.tensor(rows.cell[some])] = got.to(values.dtype)
+
+    def _together(self, rows: Rows, size: int) -> Iterator[tuple[Ints, Ints, Ints, Ints]]:
+        """Rows to score at once, where they stand among what is scored, and the examples and cells of all that is.
+
+        A callable sees every example of one cell, as it would in passes of its own.
+        """
+        if not isinstance(self.sweep.metric, Function):
+            step = max(1, self.budget // (64 * size))
+            for begin in range(0, len(rows), step):
+                some = np.arange(begin, min(begin + step, len(rows)))
+                yield some, some - begin, rows.example[some], rows.cell[some]
+            return
+        for cell in np.unique(rows.cell):
+            some = np.nonzero(rows.cell == cell)[0]
+            having = np.arange(len(self.lengths)) if self.edited is None else np.nonzero(self.place[:, cell] >= 0)[0]
+            yield some, np.searchsorted(having, rows.example[some]), having, np.full(len(having), cell)

@@ -18,7 +18,7 @@ from mechinterp.core.result import Part, Result
 from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read, Trace
 from mechinterp.engine.backward import backward
-from mechinterp.engine.forward import Passed, forward
+from mechinterp.engine.forward import Passed, forward, out_of_memory
 from mechinterp.engine.packed import BUDGET, sweep_packed, why_full
 from mechinterp.engine.plan import Plan, Round, compile_round, default_batch_size, describe
 from mechinterp.engine.sweep import source_reads, sweep_full
@@ -275,7 +275,7 @@ def _with_backoff(
     try:
         done = _batch(state, rows, work, own)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error) or len(rows) == 1:
+        if not out_of_memory(error) or len(rows) == 1:
             raise
         state.limit = len(rows) // 2
     else:
@@ -284,11 +284,6 @@ def _with_backoff(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     yield from _with_backoff(state, rows, work, own)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or ("alloc" in text and "memory" in text)
 
 
 def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping[str, Trace]]) -> list[Part | None]:

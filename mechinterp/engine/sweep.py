@@ -47,11 +47,13 @@ class Grid:
 
     @classmethod
     def of(cls, sweep: Sweep, model: Model, width: int = 0) -> "Grid":
-        """For batches `width` tokens wide.
+        """For batches `width` tokens wide, or with as many edits.
 
         Raises:
             NeedsError: heads of a site without heads, or a window over sites without layers.
         """
+        if sweep.edits:  # nothing is written: each row is an input of its own, `width` of them
+            return cls((("edit", tuple(range(width))),), ((),) * width)
         if sweep.rows:
             return cls._of_rows(sweep, model)
         sites = resolve(sweep.sites, model.dims.n_layers)
@@ -152,13 +154,22 @@ def source_reads(sweep: Sweep, model: Model) -> tuple[Read, ...]:
 
 def row_count(sweep: Sweep, model: Model, width: int, rows: Sequence[int]) -> int:
     """Passes for one batch of the given examples, the longest of `width` tokens."""
-    if sweep.edits:
-        if max(rows) >= len(sweep.edits):
-            raise NeedsError(
-                f"the sweep has edits for {len(sweep.edits)} examples and none for {max(rows)}; give one list each"
-            )
-        return max(len(sweep.edits[row]) for row in rows)
-    return Grid.of(sweep, model, width).rows
+    return Grid.of(sweep, model, entries(sweep, width, rows)).rows
+
+
+def entries(sweep: Sweep, width: int, rows: Sequence[int]) -> int:
+    """Entries of the axis that a batch decides: its longest example's positions, or the most edits of one.
+
+    Raises:
+        NeedsError: some example has no list of edits.
+    """
+    if not sweep.edits:
+        return width
+    if max(rows) >= len(sweep.edits):
+        raise NeedsError(
+            f"the sweep has edits for {len(sweep.edits)} examples and none for {max(rows)}; give one list each"
+        )
+    return max(len(sweep.edits[row]) for row in rows)
 
 
 @torch.no_grad()
@@ -186,8 +197,12 @@ def sweep_full(
     grid = Grid.of(sweep, model, int(batch.lengths.max()))
     values: list[Tensor] = []
     reads: dict[Site, list[Tensor]] = {site: [] for site in sweep.reads}
+    wanted = [Read(site) for site in sweep.reads]
+    if not metrics:  # a row may write after all that is read, and is run to the end all the same
+        wanted.append(Read(Site("logits", positions="end")))
     held = resolve(sweep.held, model.dims.n_layers)
-    resting = forward(model, base_batch, [Read(site.whole) for site in held], (), sweep.given).values
+    whole = [Read(site.whole) for site in held]
+    resting = forward(model, base_batch, [*whole, Read(Site("logits", positions="end"))], (), sweep.given).values
     for row in grid:
         sites = [site for site, _ in row]
         writes = list(sweep.given)
@@ -196,7 +211,7 @@ def sweep_full(
             writes.append(_put(chosen, resting[Read(site.whole)], batch))
         for site, write in row:
             writes.append(_put(site, source[Read(site.whole, sweep.source)], batch) if write is None else write)
-        passed = forward(model, base_batch, [Read(site) for site in sweep.reads], metrics, writes, lenient=True)
+        passed = forward(model, base_batch, wanted, metrics, writes, lenient=True)
         missing = torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
         for site in sites:
             missing |= _missing(batch, site)
@@ -254,9 +269,11 @@ def _edits(
     if sweep.metric is None:
         raise NeedsError("a sweep of edited inputs must have a metric; their positions differ, so reads have no shape")
     base_batch = batch.run(sweep.base)
-    width = row_count(sweep, model, 0, batch.rows)
+    width = entries(sweep, 0, batch.rows)
     todo = [sweep.edits[row] for row in batch.rows]
-    values = torch.full((len(batch), width), float("nan"), device=batch.ids.device)
+    base = runs[sweep.base] if not sweep.given else forward(model, base_batch, (), [sweep.metric], sweep.given)
+    unedited = score(sweep.metric, base_batch, base, clean)
+    values = unedited.new_full((len(batch), width), float("nan"))
     for j in range(width):
         rows = [i for i, edits in enumerate(todo) if j < len(edits)]
         edited = edit(base_batch, rows, [todo[i][j] for i in rows])
@@ -264,10 +281,7 @@ def _edits(
         against = clean if not sweep.metric.compares else _rows(clean, sweep.metric, rows)
         values[rows, j] = score(sweep.metric, edited, passed, against)
         tick(1)
-    base = runs[sweep.base] if not sweep.given else forward(model, base_batch, (), [sweep.metric], sweep.given)
-    return Swept(
-        values, ("edit",), score(sweep.metric, base_batch, base, clean), None, {}, {"edit": tuple(range(width))}
-    )
+    return Swept(values, ("edit",), unedited, None, {}, {"edit": tuple(range(width))})
 
 
 def _rows(passed: Passed, metric: Any, rows: Sequence[int]) -> Passed:
