@@ -16,7 +16,7 @@ from mechinterp.core.display import visible
 from mechinterp.errors import OutputError
 from mechinterp.report.figures import drawable, matplotlib_figure, plotly_figure
 from mechinterp.report.html import page
-from mechinterp.report.panels import Heat, Heats, panel
+from mechinterp.report.panels import Bars, Heat, Heats, panel
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 TOKENS = ["</script>", "<img onerror>", "$x$", "\n", " to", " to", "日本", "&lt;"]
@@ -243,3 +243,21 @@ def test_the_rows_beside_a_figure_have_their_tokens(result: mi.Result) -> None:
 def test_a_saved_view_comes_back(result: mi.Result, tmp_path: Any) -> None:
     made = dataclasses.replace(result, views=(dataclasses.replace(TRIPLE, scale="shared"),))
     assert mi.Result.load(made.save(tmp_path / "r")).views == made.views
+
+
+def test_bars_begin_at_the_centre_and_are_those_farthest_from_it() -> None:
+    """Noising: 1 is what a cell has that does nothing."""
+    values = np.array([1.0, 0.2, 1.05, 0.9])
+    data = xr.Dataset({"effect": ("cell", values)}, {"cell": list("abcd")})
+    view = mi.View("bars", "effect", "cell", center=1.0)
+    made = mi.Result(data, {}, (view,))
+    shown = panel(made, view)
+    assert isinstance(shown, Bars)
+    assert shown.names == ("b", "d", "c", "a")
+    assert "begin at 1" in shown.note
+    bars = plotly_figure(made, view).data[0]
+    assert bars.base == 1.0
+    np.testing.assert_allclose(np.asarray(bars.x) + bars.base, values[[1, 3, 2, 0]])
+    for patch, value in zip(matplotlib_figure(made, view).axes[0].patches, shown.values, strict=True):
+        assert patch.get_x() == 1.0
+        assert patch.get_x() + patch.get_width() == pytest.approx(value)
