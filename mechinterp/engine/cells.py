@@ -42,6 +42,11 @@ class Rows:
     def take(self, which: Any) -> "Rows":
         return Rows(*(getattr(self, name)[which] for name in Rows.__dataclass_fields__))
 
+    def neighbours(self) -> "Rows":
+        """Rows that will carry the same columns side by side, those that join first in front."""
+        keys = (self.cell, self.example, self.stop, ~self.spreads, self.enters, self.length, self.start)
+        return self.take(np.lexsort(keys))
+
     @classmethod
     def joined(cls, many: "list[Rows]") -> "Rows":
         return cls(*(np.concatenate([getattr(rows, name) for rows in many]) for name in cls.__dataclass_fields__))

@@ -51,7 +51,7 @@ class Flight(Writing):
         if not to_the_end:
             return nothing, nothing, tokens[:0]
         self.layer = n
-        tokens = self._join(tokens, np.nonzero(self.rows.enters == n)[0])
+        tokens = self._append(tokens, np.nonzero(self.rows.enters == n)[0])
         norm: Any = self.model.hf.get_submodule(f"{arch.base}.{arch.norm}")
         final = self._act("final_norm", norm(tokens[None])[0])
         for site in self.read.get((n, "logits"), ()):
@@ -63,11 +63,7 @@ class Flight(Writing):
     def _through(self, tokens: Tensor, only: Ints | None) -> Tensor:
         """One decoder layer; in the last, only the metric's columns (``row chosen``) go on after attention."""
         layer: Any = self.model.hf.get_submodule(self.model.arch.layer(self.layer))
-        new = self.rows.enters == self.layer
-        tokens = self._join(tokens, np.nonzero(new & self.rows.spreads)[0])
-        suffixes = len(tokens)
-        local = np.nonzero(new & ~self.rows.spreads)[0]
-        tokens = self._join(tokens, local)
+        tokens = self._arrange(tokens)
         if not len(tokens):
             return tokens
         self.token_layers += len(tokens)
@@ -81,18 +77,7 @@ class Flight(Writing):
                 self.slot[keep] = np.arange(len(keep))
                 tokens, attn = tokens[self.s.tensor(keep)], attn[self.s.tensor(keep)]
             tokens = self._act("resid_mid", tokens + attn)
-            tokens = self._act("resid_post", tokens + self._act("mlp_out", self._mlp(layer, tokens)))
-        if only is not None or not len(local):
-            return tokens
-        ends, sizes = tokens[suffixes:], self.stop[local] - self.rows.start[local]
-        tokens, self.column = tokens[:suffixes], self.column[:suffixes]
-        self.stop[local] = self.rows.length[local]
-        self.layer += 1
-        tokens = self._join(tokens, local, enter=False)
-        self.layer -= 1
-        _, columns = ragged(self.rows.start[local], self.rows.start[local] + sizes)
-        tokens[self.s.tensor(self._token(np.repeat(local, sizes), columns))] = ends
-        return tokens
+            return self._act("resid_post", tokens + self._act("mlp_out", self._mlp(layer, tokens)))
 
     def _attention(self, layer: Any, tokens: Tensor) -> Tensor:
         """attn_out of tokens; nothing is computed that would be held anyway."""
@@ -122,23 +107,52 @@ class Flight(Writing):
         whole = any(w.held and w.site == w.site.whole for w in self.work.get((self.layer, kind), ()))
         return whole and not any((self.layer, k) in self.read or (self.layer, k) in self.work for k in before)
 
-    def _join(self, tokens: Tensor, rows: Ints, enter: bool = True) -> Tensor:
-        """Append the tokens of rows, from what they begin from at this layer."""
+    def _arrange(self, tokens: Tensor) -> Tensor:
+        """Tokens in the order of rows, which is that of the groups that attend together.
+
+        Rows that enter at this layer join, and those that entered at the one before carry all later columns now.
+        """
+        start, flying = self.rows.start, self.offset >= 0
+        joining = (self.rows.enters == self.layer) & ~flying
+        grown = flying & (self.stop < self.rows.length)
+        if not joining.any() and not grown.any():
+            return tokens
+        old = np.nonzero(flying)[0]
+        which, columns = ragged(start[old], self.stop[old])
+        was = (old[which], columns)
+        first = np.where(joining, start, self.stop)  # of the columns that are new
+        self.stop[grown] = self.rows.length[grown]
+        fresh = np.nonzero(joining | grown)[0]
+        which, columns = ragged(first[fresh], self.stop[fresh])
+        new = (fresh[which], columns)
+        sizes = np.where(flying | joining, self.stop - start, 0)
+        self.offset = np.where(flying | joining, np.cumsum(sizes) - sizes, -1)
+        out = tokens.new_empty(int(sizes.sum()), tokens.shape[1])
+        self.column = np.zeros(len(out), np.int64)
+        for (row, column), some in ((was, tokens), (new, self.s.entering(self.layer, self.rows, *new))):
+            at = self._token(row, column)
+            self.column[at] = column
+            out[self.s.tensor(at)] = some
+        return self._begin(out, np.nonzero(joining)[0])
+
+    def _append(self, tokens: Tensor, rows: Ints) -> Tensor:
+        """Rows that join after the last layer, where the order no longer matters."""
         if not len(rows):
             return tokens
         which, columns = ragged(self.rows.start[rows], self.stop[rows])
         some = self.s.entering(self.layer, self.rows, rows[which], columns)
         sizes = self.stop[rows] - self.rows.start[rows]
-        self.offset[rows] = len(tokens) + np.cumsum(sizes) - sizes
-        if self.slot is not None:  # after the last layer
-            self.slot = np.concatenate([self.slot[: len(self.column)], np.arange(len(some)) + len(tokens)])
-            self.offset[rows] += len(self.column) - len(tokens)
+        self.offset[rows] = len(self.column) + np.cumsum(sizes) - sizes
+        if self.slot is not None:
+            self.slot = np.concatenate([self.slot, np.arange(len(some)) + len(tokens)])
         self.column = np.concatenate([self.column, columns])
-        tokens = torch.cat([tokens, some])
-        if enter:  # a write at the end of the layer before is where such a row begins
-            self.layer -= 1
-            tokens = self._act("resid_post", tokens, rows)
-            self.layer += 1
+        return self._begin(torch.cat([tokens, some]), rows)
+
+    def _begin(self, tokens: Tensor, rows: Ints) -> Tensor:
+        """A write at the end of the layer before is where a row begins that has one."""
+        self.layer -= 1
+        tokens = self._act("resid_post", tokens, rows)
+        self.layer += 1
         return tokens
 
     @contextlib.contextmanager
@@ -194,12 +208,12 @@ class Flight(Writing):
         flying = np.nonzero(self.offset >= 0)[0]
         spread = self.rows.spreads[flying] | (self.rows.enters[flying] < self.layer)
         shapes = np.stack([self.rows.start[flying], self.stop[flying], spread], 1)
-        for shape in np.unique(shapes, axis=0):
-            start, stop, whole = (int(n) for n in shape)
-            rows = flying[(shapes == shape).all(1)]
+        for rows in np.split(flying, np.nonzero((shapes[1:] != shapes[:-1]).any(1))[0] + 1):
+            start, stop = int(self.rows.start[rows[0]]), int(self.stop[rows[0]])
+            whole = bool(self.rows.spreads[rows[0]] or self.rows.enters[rows[0]] < self.layer)
             size = max(1, self.budget // 16 // (stop * 2 * query[0].numel() * query.element_size()))
             for begin in range(0, len(rows), size):
-                self._group(z, query, key, value, rows[begin : begin + size], start, stop, bool(whole), scaling)
+                self._group(z, query, key, value, rows[begin : begin + size], start, stop, whole, scaling)
         self.z = self._act("z", z)
         return self.z[None]
 
@@ -215,28 +229,37 @@ class Flight(Writing):
         whole: bool,
         scaling: float,
     ) -> None:
-        """Attention of rows with the same columns. Rows that have not spread yet see the base run's keys alone."""
-        at = self.s.tensor(self.offset[rows][:, None] + np.arange(stop - start))
-        example = self.s.tensor(self.rows.example[rows])
-        seen = start if whole else stop
-        keys, values = (self.s.value(Site(kind, self.layer))[example, :seen] for kind in ("k_rot", "v"))
+        """Attention of neighbouring rows with the same columns; before these have spread, they see the base's keys."""
+        first, width = int(self.offset[rows[0]]), stop - start
+
+        def own(packed: Tensor) -> Tensor:
+            """``row column head d_head``, without a copy."""
+            return packed[first : first + len(rows) * width].view(len(rows), width, *packed.shape[1:])
+
+        keys, values = (self._base(kind, rows, start if whole else stop) for kind in ("k_rot", "v"))
         if whole:
-            keys, values = torch.cat([keys, key[at]], 1), torch.cat([values, value[at]], 1)
-        columns = torch.arange(stop, device=at.device)
+            keys, values = torch.cat([keys, own(key)], 1), torch.cat([values, own(value)], 1)
+        columns = torch.arange(stop, device=query.device)
         distance = columns[start:, None] - columns
         visible = distance >= 0
         if (window := self.model.dims.windows[self.layer]) is not None:
             visible &= distance < window
-        some, keys, values = (x.transpose(1, 2) for x in (query[at], keys, values))
+        some, keys, values = (x.transpose(1, 2) for x in (own(query), keys, values))
         out = torch.nn.functional.scaled_dot_product_attention(
             some, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True
         )
-        z[at] = out.transpose(1, 2)
-        patterned = rows[self._patterned(rows)]
-        if len(patterned):
-            which = np.nonzero(np.isin(rows, patterned))[0]
+        own(z).copy_(out.transpose(1, 2))
+        which = np.nonzero(self._patterned(rows))[0]
+        if len(which):
             pick = self.s.tensor(which)
-            z[at[pick]] = self._explicit(patterned, some[pick], keys[pick], values[pick], visible, start, scaling)
+            own(z)[pick] = self._explicit(rows[which], some[pick], keys[pick], values[pick], visible, start, scaling)
+
+    def _base(self, kind: str, rows: Ints, seen: int) -> Tensor:
+        """The base run's keys or values before a column, for each row; one example's are shared, not copied."""
+        whole, example = self.s.value(Site(kind, self.layer))[:, :seen], self.rows.example[rows]
+        if (example == example[0]).all():
+            return whole[int(example[0])].expand(len(rows), *whole.shape[1:])
+        return whole[self.s.tensor(example)]
 
     def _patterned(self, rows: Ints) -> Bools:
         groups = [w.groups for kind in PATTERN_KINDS for w in self.work.get((self.layer, kind), ())]

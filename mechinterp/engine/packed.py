@@ -261,11 +261,11 @@ class _Sweeping(Runs):
         for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True):
             room = max(1, (self.budget - caches) // _bytes_in_flight(self.model))
             if total and total + size > room:
-                yield rows.take(slice(begin, first))
+                yield rows.take(slice(begin, first)).neighbours()
                 begin, total = first, 0
             total += size
         if total:
-            yield rows.take(slice(begin, len(rows)))
+            yield rows.take(slice(begin, len(rows))).neighbours()
 
     def _score(self, rows: Rows, row: Ints, which: Ints, final: Tensor, values: Tensor) -> None:
         """Put the metric of rows into ``example cell``.
