@@ -135,12 +135,12 @@ def test_what_must_restore_everything_or_nothing(model: mi.Model) -> None:
     np.testing.assert_allclose(effect, np.full_like(effect, float(data["total_effect"])), atol=1e-5)
 
 
-def test_severing_leaves_what_does_not_pass_through(llama: mi.Model) -> None:
-    """With attention severed at the last token, no restored state there changes what it attends to."""
+def test_what_is_restored_is_not_held(llama: mi.Model) -> None:
+    """A window over all layers restores all that severing the same part would hold; the other part is still severed."""
     options: dict[str, Any] = {"copies": 1, "kinds": ("attention",), "window": 6, "skip_wrong": False}
     plain = mi.run(llama, facts(), mi.CausalTracing(**options)).data
     same = mi.run(llama, facts(), mi.CausalTracing(**options, sever="attention")).data
-    np.testing.assert_allclose(same["restored"], plain["restored"], atol=1e-5)  # all layers are restored, none is held
+    np.testing.assert_allclose(same["restored"], plain["restored"], atol=1e-5)
     severed = mi.run(llama, facts(), mi.CausalTracing(**options, sever="mlp")).data
     assert np.nanmax(np.abs(severed["restored"] - plain["restored"])) > 1e-4
 

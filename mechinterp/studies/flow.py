@@ -35,7 +35,7 @@ RECEIVERS = ROLES[2:]
 """Whose attention is cut: the last subject token, and all roles after it."""
 ALPHA = 0.05
 LARGEST = 5
-"""Arrows of a figure with too few examples to test."""
+"""Arrows of a figure where none is significant."""
 _FORMAT = "mechinterp-flow-1"
 
 
@@ -58,24 +58,29 @@ class Flow:
     meta: Mapping[str, Any]
 
     @property
-    def tested(self) -> bool:
-        """Whether there were enough examples for p and q of some edge."""
-        return bool(self.edges["q"].notna().any())
+    def significant(self) -> bool:
+        """Whether some knock-out among those that could be `strongest` has q < .05."""
+        return bool((self._losses["q"] < ALPHA).any())
 
     @property
     def strongest(self) -> pd.DataFrame:
         """Of each sender and receiver, the layer whose knock-out costs most; largest first.
 
-        Only those with q < .05; without any test, the five largest. Never among them: a knock-out that
+        Only those with q < .05; where there is none, the five largest. Never among them: a knock-out that
         raises the probability, and one of attention to the prompt's first token, which is often a sink
         that heads attend to when they do nothing, so that without it they do what they never did.
         `edges` has both.
         """
-        frame: Any = self.edges[(self.edges["drop"] > 0) & (self.edges["sender"] != START)]
-        if self.tested:
+        frame: Any = self._losses
+        if self.significant:
             frame = frame[frame["q"] < ALPHA]
         frame = frame.sort_values("drop", ascending=False, kind="stable").drop_duplicates(["sender", "receiver"])
-        return (frame if self.tested else frame.head(LARGEST)).reset_index(drop=True)
+        return (frame if self.significant else frame.head(LARGEST)).reset_index(drop=True)
+
+    @property
+    def _losses(self) -> pd.DataFrame:
+        frame: Any = self.edges[(self.edges["drop"] > 0) & (self.edges["sender"] != START)]
+        return frame
 
     def graph(self) -> "nx.DiGraph":
         """Nodes ``(role, layer)`` with ``effect, q``; edges between roles of one layer with ``drop, p, q, matters``.
@@ -110,7 +115,12 @@ class Flow:
     def caption(self) -> str:
         """What the figure shows, in words."""
         used = self.meta["examples"] - self.meta["skipped"]
-        shown = f"q < {ALPHA}" if self.tested else f"the largest, as under {MIN_EXAMPLES} prompts nothing is tested"
+        if self.significant:
+            shown = f"q < {ALPHA}"
+        elif np.isfinite(self.edges["q"].to_numpy(float)).any():
+            shown = f"none has q < {ALPHA}: the largest, pale"
+        else:
+            shown = f"the largest, pale: under {MIN_EXAMPLES} prompts nothing is tested"
         return (
             f"{count(used, 'prompt')}, {self.meta['skipped']} skipped. Dots: probability restored by a clean state."
             f" Arrows: probability lost without this attention, where a cut of {self.meta['window']} layers costs most"

@@ -23,6 +23,9 @@ SHORT = {
     ROLES[5]: "last<br>token",
 }
 
+ALONG = 0.55
+"""Where on an arrow its number stands."""
+
 
 def flow_figure(flow: "Flow") -> go.Figure:
     """Dots for states, arrows for attention; layers upward."""
@@ -33,22 +36,24 @@ def flow_figure(flow: "Flow") -> go.Figure:
     figure = go.Figure()
     _dots(figure, flow, columns)
     for row in arrows.to_dict("records"):
-        _arrow(figure, row, columns, color[row["sender"]], flow.meta)
+        _arrow(figure, row, columns, color[row["sender"]], 0.8 if flow.significant else 0.4, flow.meta)
     layers = flow.meta["n_layers"]
     figure.update_xaxes(
         tickvals=list(columns.values()), ticktext=[SHORT[role] for role in columns], range=[-0.6, len(columns) - 0.4],
         showgrid=False, zeroline=False, tickangle=0,
     )  # fmt: skip
-    figure.update_yaxes(title="layer", range=[-1, layers], showgrid=True, gridcolor="#f0f0f0", zeroline=False)
-    width = 150 + 125 * len(columns)
+    figure.update_yaxes(title="layer", range=[-0.7, layers - 0.3], showgrid=True, gridcolor="#f0f0f0", zeroline=False)
+    width = max(620, 170 + 125 * len(columns))
+    lines = [html.escape(line, quote=False) for line in textwrap.wrap(flow.caption, width // 7)]
+    top = 60 + 16 * len(lines)
     figure.update_layout(
-        template="plotly_white", width=width, height=min(900, 260 + 17 * layers),
-        margin={"l": 60, "r": 20, "t": 92, "b": 60}, font={"family": FONT, "size": 12, "color": "#222"},
+        template="plotly_white", width=width, height=min(860, 240 + 17 * layers) + top,
+        margin={"l": 60, "r": 20, "t": top, "b": 60}, font={"family": FONT, "size": 12, "color": "#222"},
         showlegend=False,
         title={
             "text": "<b>Information flow to the answer</b>", "x": 0, "xref": "container", "xanchor": "left",
             "font": {"size": 15}, "pad": {"l": 10},
-            "subtitle": {"text": _wrapped(flow.caption, width // 7), "font": {"size": 12, "color": "#666"}},
+            "subtitle": {"text": "<br>".join(lines), "font": {"size": 12, "color": "#666"}},
         },
     )  # fmt: skip
     return figure
@@ -70,26 +75,24 @@ def _dots(figure: go.Figure, flow: "Flow", columns: dict[str, int]) -> None:
     )  # fmt: skip
 
 
-def _arrow(figure: go.Figure, row: dict[str, Any], columns: dict[str, int], color: str, meta: Any) -> None:
+def _arrow(
+    figure: go.Figure, row: dict[str, Any], columns: dict[str, int], color: str, opacity: float, meta: Any
+) -> None:
     """From the sender at the first layer of the window to the receiver at its last."""
     window, middle = meta["window"], row["layer"]
     first, last = max(0, middle - window // 2), min(meta["n_layers"], middle + window - window // 2) - 1
     x0, x1 = columns[row["sender"]], columns[row["receiver"]]
     figure.add_annotation(
         x=x1, y=last, ax=x0, ay=first, xref="x", yref="y", axref="x", ayref="y", text="", showarrow=True,
-        arrowhead=2, arrowsize=0.8, arrowwidth=1.2 + 4 * min(1.0, row["drop"]), arrowcolor=color, opacity=0.8,
+        arrowhead=2, arrowsize=0.8, arrowwidth=1.2 + 4 * min(1.0, row["drop"]), arrowcolor=color, opacity=opacity,
         standoff=7, startstandoff=5,
     )  # fmt: skip
-    along = 0.62
-    figure.add_scatter(
-        x=[x0 + along * (x1 - x0)], y=[first + along * (last - first)], mode="text",
-        text=[f"<b>−{row['drop']:.0%}</b>"], textposition="top center", textfont={"size": 11, "color": color},
-        hovertemplate=(
-            f"{row['sender']} → {row['receiver']}<br>layers {first} to {last}<br>drop {row['drop']:.1%}"
-            f" [{row['ci_low']:.1%}, {row['ci_high']:.1%}]<br>q {row['q']:.2g}<extra></extra>"
+    interval = "" if row["ci_low"] != row["ci_low"] else f" [{row['ci_low']:.1%}, {row['ci_high']:.1%}]"
+    figure.add_annotation(
+        x=x0 + ALONG * (x1 - x0), y=first + ALONG * (last - first), xref="x", yref="y", showarrow=False,
+        text=f"<b>−{row['drop']:.0%}</b>", font={"size": 11, "color": color}, bgcolor="rgba(255,255,255,0.85)",
+        hovertext=(
+            f"{row['sender']} → {row['receiver']}<br>layers {first} to {last}<br>"
+            f"drop {row['drop']:.1%}{interval}<br>q {row['q']:.2g}"
         ),
     )  # fmt: skip
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(text, width))
