@@ -65,14 +65,16 @@ _NAMES = {
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
+    "CausalTracing": "mechinterp.analyzers.tracing",
 }
-_MODULES = ("errors", "sites", "tasks", "testing")
+_MODULES = ("errors", "sites", "studies", "tasks", "testing")
 
 __all__ = [*_NAMES, *_MODULES]  # pyright: ignore[reportUnsupportedDunderAll] -- the re-exports below serve checkers
 
 if TYPE_CHECKING:
     from mechinterp import errors as errors
     from mechinterp import sites as sites
+    from mechinterp import studies as studies
     from mechinterp import tasks as tasks
     from mechinterp import testing as testing
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
+    from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,
     )

@@ -112,8 +112,8 @@ def test_run_takes_what_the_examples_allow_and_says_so(here: Path, tiny_folder: 
     assert not (here / "b").exists()
 
 
-def test_trace_shows_axes_shapes_and_norms(tiny_folder: Path, llama: mi.Model) -> None:
-    result = invoke("trace", tiny_folder, "Mary had a book", "resid_post", "z.1.h3@end", "blocks.0.attn.hook_pattern")
+def test_look_shows_axes_shapes_and_norms(tiny_folder: Path, llama: mi.Model) -> None:
+    result = invoke("look", tiny_folder, "Mary had a book", "resid_post", "z.1.h3@end", "blocks.0.attn.hook_pattern")
     assert result.exit_code == 0, result.output
     rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[1:]}
     seen = llama.trace("Mary had a book", ["resid_post.2", "z.1.h3@end"])
@@ -170,7 +170,7 @@ def test_verify_of_a_model_that_fails(here: Path, tmp_path: Path, monkeypatch: p
     content = json.loads((here / "checks.json").read_text())
     assert not content["passed"]
     assert [c["name"] for c in content["checks"] if not c["passed"]] == [law]
-    assert "fails its self-check" in one_line(invoke("trace", tmp_path / "granite", "1 2", "resid_post"))
+    assert "fails its self-check" in one_line(invoke("look", tmp_path / "granite", "1 2", "resid_post"))
 
 
 def test_verify_says_before_the_work_what_it_cannot_write(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +195,8 @@ def test_adapter_and_dtype(here: Path, tiny_folder: Path, adapter_folder: Path) 
     result = invoke("verify", tiny_folder, *options, "--quick")
     assert result.exit_code == 0, result.output
     assert "bfloat16 on cpu, adapter default" in result.stdout
-    plain = invoke("trace", tiny_folder, "Mary had a book", "z.0")
-    other = invoke("trace", tiny_folder, "Mary had a book", "z.0", *options)
+    plain = invoke("look", tiny_folder, "Mary had a book", "z.0")
+    other = invoke("look", tiny_folder, "Mary had a book", "z.0", *options)
     assert plain.exit_code == other.exit_code == 0
     assert plain.stdout.splitlines()[1] != other.stdout.splitlines()[1]
     command = ("run", lines(here / "e.jsonl", GOOD), "--model", tiny_folder, "--analyzer", "accuracy", *options)
@@ -250,7 +250,7 @@ def test_a_model_that_cannot_be_loaded(here: Path, tiny_folder: Path, damage: An
     damage(here / "model")
     before = sorted(os.listdir(here))
     assert said in one_line(invoke("demo", "--model", "./model", "--out", "study"))
-    assert said in one_line(invoke("trace", "./model", "a text", "resid_post"))
+    assert said in one_line(invoke("look", "./model", "a text", "resid_post"))
     assert sorted(os.listdir(here)) == before
 
 
@@ -283,7 +283,7 @@ def test_a_file_that_is_no_examples(here: Path, content: str | None, said: str) 
     [("resid_pots", "did you mean resid_post"), ("resid_post.99", "99"), ("router.0", "router"), ("z.0@S1", "'S1'")],
 )
 def test_a_site_that_is_not_there(tiny_folder: Path, site: str, said: str) -> None:
-    assert said in one_line(invoke("trace", tiny_folder, "Mary had a book", site))
+    assert said in one_line(invoke("look", tiny_folder, "Mary had a book", site))
 
 
 def test_output_that_cannot_be_written_is_said_before_the_work(here: Path) -> None:
@@ -306,7 +306,7 @@ def test_output_that_cannot_be_written_is_said_before_the_work(here: Path) -> No
         ["run", "examples.txt"],
         ["run", "e.jsonl", "--analyzer", "logit-lense"],
         ["run", "e.jsonl", "--batch-size", "0"],
-        ["trace", "smollm2", "text"],
+        ["look", "smollm2", "text"],
         ["verify"],
         ["verify", "smollm2", "--adapter"],
     ],

@@ -18,8 +18,11 @@ ANALYZERS: list[tuple[mi.Analyzer, tuple[str, ...]]] = [
     (mi.HeadRoles(sequences=4, length=8), ()),
     (mi.ActivationPatching("resid_pre", positions=("S2", "end")), ()),
     (mi.ActivationPatching("z", heads="each", positions="end", direction="noise"), ()),
+    (mi.ActivationPatching(("attn_out", "mlp_out")), ()),
+    (mi.ActivationPatching("z", heads=((0, 2), 3), layers=(1,)), ()),
     (mi.Accuracy(), ("rank",)),
     (mi.ActivationStats(), ()),
+    (mi.CausalTracing("S1", ("states", "mlp"), copies=1, window=2, layers=(0, 2), skip_wrong=False), ()),
 ]
 
 

@@ -110,6 +110,42 @@ def test_files(tmp_path: Path) -> None:
         mi.Examples.from_jsonl(tmp_path / "empty.jsonl")
 
 
+def test_a_column_names_the_subject(tmp_path: Path, smollm2: mi.Model) -> None:
+    rows = [
+        {"text": "The capital of New Zealand is", "answer": " Wellington", "subject": "New Zealand"},
+        {"text": "Cat eats cat", "answer": " food", "subject": [9, 12]},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    examples = mi.Examples.from_jsonl(tmp_path / "x.jsonl")
+    assert examples.spans == {"subject": ((15, 26), (9, 12))}
+    tokens = smollm2.tokenize(examples)
+    said = [smollm2.to_str_tokens(ids[a:b]) for ids, (a, b) in zip(tokens.ids, tokens.spans["subject"], strict=True)]
+    assert said == [[" New", " Zealand"], [" cat"]]
+    (tmp_path / "x.csv").write_text("clean,corrupted,subject\nIn Rome now,In Oslo now,Rome\n")
+    pairs = mi.Examples.from_csv(tmp_path / "x.csv")
+    assert (pairs.corrupted, pairs.spans) == (("In Oslo now",), {"subject": ((3, 7),)})
+    assert mi.Examples.from_dataset([{"text": [5, 6, 7], "subject": [1, 3]}]).spans == {"subject": ((1, 3),)}
+    assert mi.Examples.from_dataset([{"text": "a"}]).spans == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "message"),
+    [
+        ("The park", "Park", r"subject 'Park' of row 1 does not occur in 'The park'; spell it as the text does, or"),
+        ("aXa", "a", r"subject 'a' of row 1 occurs 2 times, at \[0, 2\], in 'aXa'; give \[start, stop\]"),
+        ("anana", "ana", "occurs 2 times"),
+        ("ab", [1, 3], r"subject of row 1 is \[1, 3\], outside its text of length 2"),
+        ("ab", [1], "must be a part of its text, or"),
+        ("ab", "", "must be a part of its text, or"),
+        ([5, 6], "5", "must be a part of its text, or"),
+        ("ab", None, r"row 1 lacks \['subject'\]"),
+    ],
+)
+def test_subjects_that_cannot_be(text: object, subject: object, message: str) -> None:
+    with pytest.raises(ExamplesError, match=message):
+        mi.Examples.from_dataset([{"text": "ab", "subject": "b"}, {"text": text, "subject": subject}])
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -57,8 +57,10 @@ NAMES = [
     "DirectLogitAttribution",
     "HeadRoles",
     "ActivationPatching",
+    "CausalTracing",
     "errors",
     "sites",
+    "studies",
     "tasks",
     "testing",
 ]

@@ -24,6 +24,7 @@ TABLE = {
         "accuracy": "accuracy:Accuracy",
         "activation-patching": "patching:ActivationPatching",
         "activation-stats": "stats:ActivationStats",
+        "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "head-roles": "heads:HeadRoles",
         "logit-lens": "lens:LogitLens",

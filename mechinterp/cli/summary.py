@@ -1,15 +1,21 @@
 """The findings of a study in sentences, for the terminal and the top of the report."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mechinterp.core.display import count, visible
 from mechinterp.core.result import Result
-from mechinterp.core.statistics import summarize
+from mechinterp.core.statistics import MIN_EXAMPLES, summarize
 from mechinterp.engine.plan import Plan
 
 ROLE_NAMES = {"induction": "Induction heads", "previous": "Previous-token heads"}
+
+CELLS = 3
+"""Cells of a grid that are named."""
+ALPHA = 0.05
 
 
 def findings(results: Sequence[Result], plan: Plan) -> list[str]:
@@ -23,6 +29,11 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
         out += _direct(direct, lens)
     if roles is not None:
         out += _roles(roles)
+    for result in results:
+        if result.meta.get("analyzer") == "ActivationPatching":
+            out += _patching(result)
+        if result.meta.get("analyzer") == "CausalTracing":
+            out += _tracing(result)
     return out + _shared(plan, results)
 
 
@@ -100,13 +111,100 @@ def _heads(table: Any) -> str:
     return named + (f", and {rest} more" if rest else "")
 
 
+def _patching(result: Result) -> list[str]:
+    """What was restored, or destroyed, and by which cells."""
+    data, options = result.data, dict(result.meta["options"])
+    n = data.sizes["example"]
+    clean, corrupted = (float(data[name].mean()) for name in ("clean", "corrupted"))
+    right = int((data["clean"] > 0).sum())
+    noising = str(options["direction"]).strip("'\"") == "noise"
+    rest = 1.0 if noising else 0.0
+    nothing = "the clean prompts' own is 1" if noising else "the corrupted prompts' own is 0"
+    out = [
+        f"Task: the model prefers the right answer on {right} of {n} clean prompts; mean logit difference {clean:.2f},"
+        f" and {corrupted:.2f} on the corrupted ones. An effect of 1 is the former and 0 the latter; {nothing}."
+    ]
+    frame: Any = result.table("effect")
+    site = str(options["site"]).strip("'\"")
+    for name, group in frame.groupby("kind", sort=False) if "kind" in frame.columns else [(site, frame)]:
+        out.append(f"{'Noising' if noising else 'Denoising'} {name}: {_cells(group, data, rest, str(name))}.")
+    return out
+
+
+def _tracing(result: Result) -> list[str]:
+    """What noise on the subject took away, and which states bring back."""
+    data = result.data
+    used = int(data["correct"].sum())
+    out = [
+        f"Task: {used} of {count(data.sizes['example'], 'prompt')} traced, those that the model gets right;"
+        f" the answer's probability is {float(data['clean'].mean()):.3f}, and {float(data['noised'].mean()):.3f} with"
+        f" noise of standard deviation {float(result.meta['noise_std']):.3g} on the subject."
+    ]
+    frame: Any = result.table("effect")
+    if "role" in frame.columns and data.sizes["example"] == 1:  # its tokens say more than their roles
+        one = (data["restored"] - data["noised"]).isel(example=0).rename("effect")
+        frame = one.drop_vars("example").to_dataframe(dim_order=["kind", "layer", "position"]).reset_index()
+        frame = frame.assign(ci_low=math.nan, ci_high=math.nan, q=math.nan)
+    for name, group in frame.groupby("kind", sort=False):
+        out.append(f"Restoring {name}: {_cells(group, data, 0.0, str(name))}.")
+    return out
+
+
+def _cells(frame: Any, data: Any, rest: float, kind: str) -> str:
+    """The largest significant cells of a grid, or the largest where none is.
+
+    Args:
+        rest: the effect of a cell that does nothing.
+    """
+    frame = frame[frame["effect"].notna()]
+    if frame.empty:
+        return "no effect could be normalised, because the model gives both prompts the same answers"
+    frame = frame.reindex((frame["effect"] - rest).abs().sort_values(ascending=False, kind="stable").index)
+    significant = frame[frame["q"] < ALPHA]
+    if len(significant):
+        said = f"{len(significant)} of {len(frame)} cells are significant (q < .05), the largest "
+    elif frame["q"].notna().any():
+        said = f"none of {len(frame)} cells is significant (q < .05); the largest are "
+    else:
+        said = f"too few examples for a test (it takes {MIN_EXAMPLES}); the largest of {len(frame)} cells are "
+    top = significant if len(significant) else frame
+    across = next((axis for axis in ("position", "role") if axis in frame.columns), None)
+    if across and kind.startswith(("resid", "state")):  # what is there at one layer is there at the next
+        top, said = top.drop_duplicates(across), f"{said}(one layer each) "
+    return said + "; ".join(_cell(row, data) for row in top.head(CELLS).to_dict("records"))
+
+
+def _cell(row: dict[Any, Any], data: Any) -> str:
+    """``layer 23, head 4 at position 13 (␣to): 0.83 (0.71 to 0.95)``."""
+    part = next((a for a in ("head", "kv_head", "neuron") if a in row), None)
+    named = [f"layer {row['layer']}"] if "layer" in row else []
+    named += [f"{part.replace('_', ' ')} {row[part]}"] if part else []
+    where = ", ".join(named)
+    if "role" in row:
+        where += f" at the {row['role']}"
+    if "position" in row:
+        where += f" at {'position ' if not isinstance(row['position'], str) else ''}{row['position']}"
+        if "token" in data:
+            here = set(data["token"].sel(position=row["position"]).values.tolist()) - {""}
+            where += f" ({visible(here.pop())})" if len(here) == 1 else ""
+    interval = "" if math.isnan(row["ci_low"]) else f" ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
+    return f"{where}: {row['effect']:.2f}{interval}"
+
+
 def _shared(plan: Plan, results: Sequence[Result]) -> list[str]:
     served: list[str] = []
+    runs = {"clean": "the prompts", "corrupted": "the corrupted prompts"}
     for one in plan.passes:
-        count = one.batches * one.rows
-        what = {"clean": "the prompts", "corrupted": "the corrupted prompts"}.get(
-            one.run, one.run.removeprefix("own: ")
-        )
-        served.append(f"{count} {one.what} {'pass' if count == 1 else 'passes'} over {what} for {', '.join(one.users)}")
-    made = dict(results[0].meta.get("passes", {})).get("forward", 0) if results else 0
-    return [f"Shared: {'; '.join(served)}. Forward passes made in all: {made}."]
+        made = one.batches * one.rows
+        what = " and ".join(runs.get(run, run.removeprefix("own: ")) for run in one.run.split(", "))
+        if one.what == "sweep":
+            said = f"{count(one.rows, 'row')} of a sweep over {what}"
+        elif one.what == "sweep runs":
+            said = f"unedited passes over {what}"
+        else:
+            said = f"{made} {one.what} {'pass' if made == 1 else 'passes'} over {what}"
+        served.append(f"{said} for {', '.join(one.users)}")
+    passes = dict(results[0].meta.get("passes", {})) if results else {}
+    edited = f", and {count(passes['sweep_rows'], 'edited row')}" if passes.get("sweep_rows") else ""
+    whole = passes.get("forward", 0) + passes.get("sweep_runs", 0)
+    return [f"Shared: {'; '.join(served)}. Forward passes made in all: {whole}{edited}."]

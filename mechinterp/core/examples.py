@@ -128,13 +128,21 @@ class Examples:
 
     @classmethod
     def from_dataset(cls, rows: Iterable[Mapping[str, Any]]) -> "Examples":
-        """Rows with ``text`` (or ``clean`` and ``corrupted``) and, optionally, ``answer``,
-        ``wrong`` and ``label``: dictionaries, a Hugging Face dataset, or anything that yields them."""
+        """Rows with ``text`` (or ``clean`` and ``corrupted``) and, optionally, ``answer``, ``wrong``,
+        ``label`` and ``subject``: dictionaries, a Hugging Face dataset, or anything that yields them.
+
+        A subject becomes the span ``subject`` of the (clean) text: a string that occurs in it exactly
+        once, or ``[start, stop]``, half-open, in characters (of token ids, in tokens).
+
+        Raises:
+            ExamplesError: a row lacks a column that others have, or its subject is not in the text, or
+                there several times.
+        """
         table = [dict(row) for row in rows]
         columns: set[str] = set[str]().union(*(row.keys() for row in table)) if table else set()
         text = "clean" if "clean" in columns else "text"
         for i, row in enumerate(table):
-            needed = {text, *(columns & {"corrupted", "answer", "wrong", "label"})}
+            needed = {text, *(columns & {"corrupted", "answer", "wrong", "label", "subject"})}
             if gone := {name for name in needed if row.get(name) is None}:
                 raise ExamplesError(f"row {i} lacks {sorted(gone)}; every row needs the same columns, {text!r} first")
         answers = None
@@ -142,9 +150,12 @@ class Examples:
             answers = [(r["answer"], r["wrong"]) if "wrong" in columns else r["answer"] for r in table]
         texts = [row[text] for row in table]
         labels = [row["label"] for row in table] if "label" in columns else None
+        spans = None
+        if "subject" in columns:
+            spans = {"subject": [_subject(row["subject"], row[text], i) for i, row in enumerate(table)]}
         if "corrupted" in columns:
-            return cls.pairs(texts, [row["corrupted"] for row in table], answers, labels=labels)
-        return cls.of(texts, labels, answers)
+            return cls.pairs(texts, [row["corrupted"] for row in table], answers, spans=spans, labels=labels)
+        return cls.of(texts, labels, answers, spans=spans)
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Examples":
@@ -278,6 +289,24 @@ def _read(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ExamplesError(f"cannot read {path}: {reason}; give a text file of examples") from None
+
+
+def _subject(subject: Any, text: Any, row: int) -> Span:
+    """Where a row's subject is in its text."""
+    if isinstance(subject, Sequence) and not isinstance(subject, str) and list(map(type, subject)) == [int, int]:
+        if not 0 <= subject[0] < subject[1] <= len(text):
+            raise ExamplesError(f"the subject of row {row} is {list(subject)}, outside its text of length {len(text)}")
+        return subject[0], subject[1]
+    if not isinstance(subject, str) or not subject or not isinstance(text, str):
+        raise ExamplesError(
+            f"the subject of row {row} must be a part of its text, or [start, stop]. Got {subject!r} for {text!r}"
+        )
+    starts = [i for i in range(len(text)) if text.startswith(subject, i)]
+    if len(starts) != 1:
+        found = "does not occur" if not starts else f"occurs {len(starts)} times, at {starts},"
+        fix = "spell it as the text does, or leave the column out" if not starts else "give [start, stop] in characters"
+        raise ExamplesError(f"the subject {subject!r} of row {row} {found} in {text!r}; {fix}")
+    return starts[0], starts[0] + len(subject)
 
 
 def _encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple[tuple[int, ...], list[Span] | None]:

@@ -54,8 +54,9 @@ class Part:
 class View:
     """A figure of a result, described rather than drawn; `report` renders it.
 
-    ``heatmap`` shows `value` over `y` × `x`; ``lines`` shows it over `x`, one line for each entry of
-    `by`; ``bars`` shows the entries of `x` with the largest absolute `value`. What is left over is averaged.
+    ``heatmap`` shows `value` over `y` × `x`, one panel for each entry of `by`; ``lines`` shows it over
+    `x`, one line for each entry of `by`; ``bars`` shows the entries of `x` whose `value` is farthest from
+    `center` (or from 0). What is left over is averaged.
     """
 
     kind: Literal["heatmap", "lines", "bars"]
@@ -70,9 +71,15 @@ class View:
     mark: str | None = None
     """A boolean variable whose cells are marked; by default those with q < .05, where there is a q."""
     center: float | None = None
-    """The value at the middle of a diverging colour scale; None for a sequential one."""
+    """The value at the middle of a diverging colour scale, None for a sequential one; and where bars begin."""
     select: Mapping[str, Any] = field(default_factory=dict)
     """Only the rows of the table with these entries."""
+    x_text: str | None = None
+    """Heatmaps only: a variable of strings, ``example x`` or ``x``, such as tokens. Where it is the same in all
+    examples it labels the column; elsewhere the column's own name does, followed by "…"."""
+    scale: Literal["own", "shared"] = "own"
+    """Panels of a heatmap: each with colours and a range of its own, as causal traces are drawn (Meng et al. 2022),
+    so that a faint panel can be read; or all with one, so that colours can be compared across panels."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -229,7 +229,10 @@ class TokenBatch:
             if position not in self.positions:
                 spans = "; a span cannot stand beside other positions" if position in self.spans else ""
                 known = ", ".join(["end", *self.positions, *self.spans])
-                raise ExamplesError(f"these examples define no position {position!r}{spans}; they have {known}")
+                raise ExamplesError(
+                    f"these examples define no position {position!r}{spans}; they have {known}; use one of these, or"
+                    f" define {position!r} in positions= or spans= (in a file, the column 'subject' is a span)"
+                )
             return self.starts + torch.tensor(self.positions[position], device=self.ids.device)
         inside = (lengths > position) & (lengths >= -position)
         if strict and self.offset == 0 and not bool(inside.all()):

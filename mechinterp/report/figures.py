@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -18,11 +19,13 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from mechinterp.core.result import Result, View
-from mechinterp.report.panels import TEXT_COLUMNS, Bars, Heat, Lines, Numbers, every, panel
+from mechinterp.report.panels import TEXT_COLUMNS, Bars, Heat, Heats, Lines, Numbers, Panel, every, panel
 
 # Okabe & Ito (2008): eight colours that people with any kind of colour vision tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DIVERGING, SEQUENTIAL = "RdBu_r", "Blues"
+OWN_DIVERGING, OWN_SEQUENTIAL = ("RdBu_r", "PuOr_r", "PRGn_r", "BrBG_r"), ("Purples", "Greens", "Reds", "Oranges")
+"""Of panels side by side with scales of their own."""
 MISSING = "#e4e4e4"
 PALE = 0.4
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Arial, sans-serif"
@@ -38,6 +41,8 @@ def plotly_figure(result: Result, view: View) -> go.Figure:
     figure = go.Figure()
     if isinstance(shown, Heat):
         size = _plotly_heat(figure, shown)
+    elif isinstance(shown, Heats):
+        size = _plotly_heats(figure, shown)
     elif isinstance(shown, Lines):
         size = _plotly_lines(figure, shown)
     else:
@@ -48,7 +53,7 @@ def plotly_figure(result: Result, view: View) -> go.Figure:
         template="plotly_white",
         width=width,
         height=height + 18 * title.count("<br>"),
-        margin={"l": 60, "r": 20, "t": 74 + 18 * title.count("<br>"), "b": 50},
+        margin={"l": 60, "r": 20, "t": 74 + 22 * isinstance(shown, Heats) + 18 * title.count("<br>"), "b": 50},
         font={"family": FONT, "size": 12, "color": "#222"},
         title={
             "text": f"<b>{title}</b>",
@@ -74,25 +79,36 @@ def matplotlib_figure(result: Result, view: View) -> Figure:
     width, height = _inches(shown)
     figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    axes: Axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    all_axes: list[Axes] = list(figure.subplots(1, _count(shown), sharey=True, squeeze=False)[0])
+    axes = all_axes[0]
+    for one in all_axes:
+        for side in ("top", "right"):
+            one.spines[side].set_visible(False)
     if isinstance(shown, Heat):
         _matplotlib_heat(figure, axes, shown)
+    elif isinstance(shown, Heats):
+        _matplotlib_heats(figure, all_axes, shown)
     elif isinstance(shown, Lines):
         _matplotlib_lines(axes, shown)
     else:
         _matplotlib_bars(axes, shown)
+    if isinstance(shown, Bars):
+        width -= 0.07 * max(map(len, shown.names))  # the title starts right of the names
     title = textwrap.fill(shown.title, max(24, int(width * 10)))
     note = textwrap.fill(shown.note, max(24, int(width * 13)))
-    axes.set_title(
-        title, loc="left", fontsize=10.5, fontweight="bold", pad=8 + 12 * (note.count("\n") + 1) * bool(note)
-    )
-    if note:
-        axes.annotate(
-            note, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#666666"
-        )
-    axes.tick_params(labelsize=8, length=2.5, color="#888888")
+    lines = (note.count("\n") + 1) * bool(note)
+    if isinstance(shown, Heats):  # above all panels: a title of the first would widen it
+        left, inches = 0.08 / width, (title.count("\n") + 1) * 10.5 * 1.25 / 72 + 0.05
+        figure.suptitle(title + "\n" * lines, x=left, ha="left", fontsize=10.5, fontweight="bold")
+        figure.text(left, 1 - inches / height, note, fontsize=8, color="#666666", va="top").set_in_layout(False)
+    else:
+        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=8 + 12 * lines)
+        if note:
+            axes.annotate(
+                note, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8, color="#666666"
+            )
+    for one in all_axes:
+        one.tick_params(labelsize=8, length=2.5, color="#888888")
     texts: list[Any] = figure.findobj(Text)
     for text in texts:
         text.set_parse_math(False)  # a token such as "$" is no formula
@@ -116,24 +132,69 @@ def _plain(text: str) -> str:
 
 
 def _plotly_heat(figure: go.Figure, heat: Heat) -> tuple[int, int]:
+    _plotly_mesh(figure, heat)
+    figure.update_layout(plot_bgcolor=MISSING)
+    return _between(_pixels(heat) + 150, 440, 1180), _between(len(heat.y) * 17 + 130, 300, 900) + _below(heat)
+
+
+def _plotly_heats(figure: go.Figure, heats: Heats) -> tuple[int, int]:
+    """Side by side; a colour bar right of each panel, or of the last."""
+    first, n = heats.panels[0], len(heats.panels)
+    gap, last = (26, 90) if heats.shared else (88, 90)  # room for a colour bar
+    each = _between(_pixels(first), 180, max(180, (1100 - last - (n - 1) * gap) // n))
+    inside = n * each + (n - 1) * gap + last
+    for i, heat in enumerate(heats.panels):
+        start, stop = (i * (each + gap)) / inside, (i * (each + gap) + each) / inside
+        bar = None if heats.shared and i < n - 1 else stop + 8 / inside
+        _plotly_mesh(figure, heat, i, (start, stop), bar)
+        figure.add_annotation(
+            x=(start + stop) / 2, y=1, xref="paper", yref="paper", text=_plain(heat.title), showarrow=False,
+            xanchor="center", yanchor="bottom", yshift=3, font={"size": 13},
+        )  # fmt: skip
+    figure.update_layout(plot_bgcolor=MISSING)
+    return inside + 80, _between(len(first.y) * 17 + 152, 320, 920) + _below(first)
+
+
+def _plotly_mesh(
+    figure: go.Figure,
+    heat: Heat,
+    number: int = 0,
+    across: tuple[float, float] | None = None,
+    bar: float | None = 1.02,
+) -> None:
+    """The cells and axes of one heatmap.
+
+    Args:
+        number: of the panel.
+        across: from where to where it reaches, as fractions of the width.
+        bar: where its colour bar is; None for none.
+    """
     x, y = [_plain(n) for n in heat.x], [_plain(n) for n in heat.y]
     written = heat.cell_text
-    hover = f"{_plain(heat.y_name)} %{{y}}<br>{_plain(heat.x_name)} %{{x}}<br>{_plain(heat.label)} %{{z:.4g}}"
+    hover = f"{_plain(heat.y_name)} %{{y}}<br>{_plain(heat.x_name)} %{{x}}"
     extra: list[Any] = []
+    if heat.x_text is not None:
+        extra.append(np.broadcast_to(np.array([_plain(t) for t in heat.x_text], dtype=object), heat.values.shape))
+        hover += " (%{customdata[0]})"
+    hover += f"<br>{_plain(heat.label)} %{{z:.4g}}"
     if heat.text is not None:
         escape = np.vectorize(lambda t: _plain(f"“{t}”" if t.isprintable() else repr(t)), otypes=[object])
+        hover += f"<br>%{{customdata[{len(extra)}]}}"
         extra.append(escape(heat.text))
-        hover += "<br>%{customdata[0]}"
     if heat.q is not None:
         hover += f"<br>q %{{customdata[{len(extra)}]:.2g}}"
         extra.append(heat.q.astype(object))
+    ends = ("" if number == 0 else str(number + 1)) if across else ""
     figure.add_heatmap(
         z=heat.values,
         x=x,
         y=y,
+        xaxis=f"x{ends}",
+        yaxis=f"y{ends}",
         zmin=heat.low,
         zmax=heat.high,
-        colorscale=DIVERGING if heat.diverging else SEQUENTIAL,
+        colorscale=_scale(heat),
+        showscale=bar is not None,
         xgap=0.5 if len(x) <= TEXT_COLUMNS else 0,
         ygap=0.5 if len(y) <= 2 * TEXT_COLUMNS else 0,
         text=np.vectorize(_plain, otypes=[object])(written),
@@ -142,19 +203,47 @@ def _plotly_heat(figure: go.Figure, heat: Heat) -> tuple[int, int]:
         customdata=np.stack(extra, -1) if extra else None,
         hovertemplate=hover + "<extra></extra>",
         hoverongaps=False,
-        colorbar={"title": {"text": f" <br>{_plain(heat.label)}", "side": "right"}, "thickness": 12, "outlinewidth": 0},
+        colorbar={
+            "title": {"text": f" <br>{_plain(heat.label)}", "side": "right"},
+            "thickness": 12,
+            "outlinewidth": 0,
+            **({"x": bar, "xanchor": "left", "xpad": 0} if across else {}),
+        },
     )
-    for axis, names, title, most in (("xaxis", x, heat.x_name, 48), ("yaxis", y, heat.y_name, 40)):
+    below = x if heat.x_text is None else [_plain(t) for t in heat.x_text]
+    for axis, names, title, most in (("xaxis", below, heat.x_name, 48), ("yaxis", y, heat.y_name, 40)):
         ticks = every(len(names), most)
-        figure.layout[axis].update(
-            type="category", title=_plain(title), showgrid=False, ticks="", zeroline=False,
-            tickmode="array", tickvals=ticks, ticktext=[names[i] for i in ticks], tickfont={"size": 10},
+        figure.update_layout(
+            {axis + ends: {
+                "type": "category", "title": _plain(title), "showgrid": False, "ticks": "", "zeroline": False,
+                "automargin": True, "tickmode": "array", "tickvals": ticks, "ticktext": [names[i] for i in ticks],
+                "tickfont": {"size": 10},
+            }}
         )  # fmt: skip
-    figure.update_yaxes(autorange=True if heat.upward else "reversed", automargin=True)
-    figure.update_xaxes(automargin=True)
-    figure.update_layout(plot_bgcolor=MISSING)
-    wide = heat.text is not None and len(x) <= TEXT_COLUMNS
-    return _between(len(x) * (34 if wide else 30) + 150, 440, 1180), _between(len(y) * 17 + 130, 300, 900)
+    figure.layout["yaxis" + ends].update(autorange=True if heat.upward else "reversed", anchor=f"x{ends}")
+    figure.layout["xaxis" + ends].update(anchor=f"y{ends}", tickangle=None if heat.x_text is None else -45)
+    if across:
+        figure.layout["xaxis" + ends].update(domain=list(across))
+        if number:
+            figure.layout["yaxis" + ends].update(matches="y", showticklabels=False, title=None)
+
+
+def _scale(heat: Heat) -> str:
+    own = OWN_DIVERGING if heat.diverging else OWN_SEQUENTIAL
+    usual = DIVERGING if heat.diverging else SEQUENTIAL
+    return usual if heat.colors is None else own[heat.colors % len(own)]
+
+
+def _pixels(heat: Heat) -> int:
+    """The width that the columns want."""
+    if heat.text is not None and len(heat.x) <= TEXT_COLUMNS:
+        return len(heat.x) * 34
+    return len(heat.x) * (30 if heat.x_text is None else 22)
+
+
+def _below(heat: Heat) -> int:
+    """Height of slanted labels."""
+    return 0 if heat.x_text is None else 5 * max(map(len, heat.x_text))
 
 
 def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
@@ -185,9 +274,10 @@ def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
 def _plotly_bars(figure: go.Figure, bars: Bars) -> tuple[int, int]:
     colors = [_rgba(PALETTE[0], 1.0 if solid else PALE) for solid in bars.solid]
     figure.add_bar(
-        x=bars.values, y=[_plain(n) for n in bars.names], orientation="h", marker={"color": colors},
+        x=bars.values - bars.center, base=bars.center, y=[_plain(n) for n in bars.names], orientation="h",
+        marker={"color": colors},
         error_x=_whiskers(bars.values, bars.low, bars.high, "#333333"),
-        hovertemplate=f"%{{y}}<br>{_plain(bars.label)} %{{x:.4g}}<extra></extra>",
+        customdata=bars.values, hovertemplate=f"%{{y}}<br>{_plain(bars.label)} %{{customdata:.4g}}<extra></extra>",
     )  # fmt: skip
     figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
     figure.update_xaxes(title=_plain(bars.label), zerolinecolor="#888")
@@ -202,7 +292,36 @@ def _whiskers(values: Numbers, low: Numbers | None, high: Numbers | None, color:
 
 
 def _matplotlib_heat(figure: Figure, axes: Axes, heat: Heat) -> None:
-    colors = matplotlib.colormaps[DIVERGING if heat.diverging else SEQUENTIAL].copy()
+    _bar(figure, axes, _matplotlib_mesh(axes, heat), heat)
+
+
+def _matplotlib_heats(figure: Figure, all_axes: list[Axes], heats: Heats) -> None:
+    """Side by side; a colour bar right of each panel, or one of all."""
+    for i, (axes, heat) in enumerate(zip(all_axes, heats.panels, strict=True)):
+        mesh = _matplotlib_mesh(axes, heat)
+        axes.set_title(heat.title, fontsize=9.5, pad=5)
+        if i:
+            axes.set_ylabel("")
+            axes.tick_params(axis="y", left=False, labelleft=False)
+        if not heats.shared:
+            _bar(figure, axes, mesh, heat)
+        elif i == len(all_axes) - 1:
+            _bar(figure, all_axes, mesh, heat)
+    if not heats.panels[0].upward:
+        all_axes[0].set_ylim(len(heats.panels[0].y), 0)  # shared, and turned once for all
+
+
+def _bar(figure: Figure, axes: Axes | list[Axes], mesh: QuadMesh, heat: Heat) -> None:
+    share = 0.05 if isinstance(axes, Axes) else 0.02
+    bar = figure.colorbar(mesh, ax=axes, fraction=share, pad=0.02, aspect=max(15.0, 7 * figure.get_figheight()))
+    bar.set_label(heat.label, fontsize=9)
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]  # a Spine, which matplotlib's stub calls a method
+
+
+def _matplotlib_mesh(axes: Axes, heat: Heat) -> QuadMesh:
+    """The cells and axes of one heatmap."""
+    colors = matplotlib.colormaps[_scale(heat)].copy()
     many = heat.values.size > 10_000
     mesh = axes.pcolormesh(
         np.ma.masked_invalid(heat.values), cmap=colors, vmin=heat.low, vmax=heat.high,
@@ -219,20 +338,19 @@ def _matplotlib_heat(figure: Figure, axes: Axes, heat: Heat) -> None:
             fontsize=5.5 if heat.text is not None else 7,
             color="white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#222222",
         )  # fmt: skip
-    x, y = every(len(heat.x), 48), every(len(heat.y), 40)
-    slanted = max(len(heat.x[i]) for i in x) > 3
+    below = heat.x if heat.x_text is None else heat.x_text
+    x, y = every(len(below), 48), every(len(heat.y), 40)
+    slanted = heat.x_text is not None or max(len(below[i]) for i in x) > 3
     axes.set_xticks(
-        [i + 0.5 for i in x], [heat.x[i] for i in x], rotation=45 if slanted else 0, ha="right" if slanted else "center"
-    )
-    axes.set_yticks([i + 0.5 for i in y], [heat.y[i] for i in y])
+        [i + 0.5 for i in x], [drawable(below[i]) for i in x], rotation=45 if slanted else 0,
+        ha="right" if slanted else "center", rotation_mode="anchor" if slanted else "default",
+    )  # fmt: skip
+    axes.set_yticks([i + 0.5 for i in y], [drawable(heat.y[i]) for i in y])
     if not heat.upward:
-        axes.invert_yaxis()
+        axes.set_ylim(len(heat.y), 0)
     axes.set_xlabel(heat.x_name, fontsize=9)
     axes.set_ylabel(heat.y_name, fontsize=9)
-    bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02, aspect=30)
-    bar.set_label(heat.label, fontsize=9)
-    bar.ax.tick_params(labelsize=8, length=2)
-    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]  # a Spine, which matplotlib's stub calls a method
+    return mesh
 
 
 def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
@@ -249,7 +367,7 @@ def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
         size, width = (5.0, 0.0) if lines.x else (2.8, 1.6)
         axes.plot(x, line.values, color=color, marker="o", markersize=size, linewidth=width, label=drawable(line.name))
     if lines.x:
-        axes.set_xticks(range(len(lines.x)), list(lines.x))
+        axes.set_xticks(range(len(lines.x)), [drawable(name) for name in lines.x])
         axes.set_xlim(-0.5, len(lines.x) - 0.5)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -267,24 +385,42 @@ def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
 def _matplotlib_bars(axes: Axes, bars: Bars) -> None:
     places = np.arange(len(bars.names))
     colors = [(*to_rgb(PALETTE[0]), 1.0 if solid else PALE) for solid in bars.solid]
-    axes.barh(places, bars.values, color=colors, height=0.72)
+    axes.barh(places, bars.values - bars.center, left=bars.center, color=colors, height=0.72)
     if bars.low is not None and bars.high is not None:
         axes.hlines(places, bars.low, bars.high, color="#ffffff", linewidth=2.6)  # seen on the bar too
         axes.hlines(places, bars.low, bars.high, color="#333333", linewidth=1)
-    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.axvline(bars.center, color="#888888", linewidth=0.8)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.set_yticks(places, list(bars.names))
+    axes.set_yticks(places, [drawable(name) for name in bars.names])  # ticks are set anew when drawn
     axes.invert_yaxis()
     axes.set_xlabel(bars.label, fontsize=9)
 
 
-def _inches(shown: Heat | Lines | Bars) -> tuple[float, float]:
+def _inches(shown: Panel) -> tuple[float, float]:
     if isinstance(shown, Heat):
-        wide = shown.text is not None and len(shown.x) <= TEXT_COLUMNS
-        width = len(shown.x) * (0.4 if wide else 0.3) + 1.6
-        return min(max(width, 4.6), 17.0), min(max(len(shown.y) * 0.18 + 1.2, 2.6), 11.0)
+        return min(max(_columns(shown) + 1.6, 4.6), 17.0), _rows(shown)
+    if isinstance(shown, Heats):
+        one, n = shown.panels[0], _count(shown)
+        each = min(max(_columns(one), 2.2), 6.5) + (0.2 if shown.shared else 0.9)
+        return min(n * each + (1.6 if shown.shared else 0.9), 24.0), _rows(one) + 0.3
     return (6.4, 3.8) if isinstance(shown, Lines) else (5.6, 1.2 + 0.25 * len(shown.names))
+
+
+def _columns(heat: Heat) -> float:
+    """The width that the columns want."""
+    if heat.text is not None and len(heat.x) <= TEXT_COLUMNS:
+        return len(heat.x) * 0.4
+    return len(heat.x) * (0.3 if heat.x_text is None else 0.22)
+
+
+def _rows(heat: Heat) -> float:
+    labels = 0.0 if heat.x_text is None else 0.045 * max(map(len, heat.x_text))
+    return min(max(len(heat.y) * 0.18 + 1.2 + labels, 2.6), 11.0)
+
+
+def _count(shown: Panel) -> int:
+    return len(shown.panels) if isinstance(shown, Heats) else 1
 
 
 def _between(value: int, low: int, high: int) -> int:

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from mechinterp.core.display import visible
 from mechinterp.core.result import Result, View
 from mechinterp.report.figures import plotly_figure
-from mechinterp.report.panels import ALPHA, rows
+from mechinterp.report.panels import ALPHA, labels, rows
 
 ROWS = 12
 """Rows of each table on the page; all of them are in the files beside it."""
@@ -148,6 +148,10 @@ def _numbers(result: Result, view: View) -> str:
         order = order.sort_values()
     alone = [c for c in view.select if not isinstance(view.select[c], tuple | list)]
     top = frame.loc[order].drop(columns=[c for c in alone if c not in (view.value, view.text)])
+    if view.x_text is not None and view.x_text not in top.columns:
+        entries = np.asarray(top[view.x].unique())
+        named = dict(zip(entries.tolist(), labels(result, view, entries) or (), strict=True))
+        top.insert(top.columns.get_loc(view.x) + 1, view.x_text, [named[e] for e in top[view.x].tolist()])
     told = (
         f"{len(top)} of {len(frame)} rows, largest first"
         if view.kind != "lines"

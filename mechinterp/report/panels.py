@@ -1,7 +1,7 @@
 """Panels: the arrays of one figure, worked out once, so that every back-end draws the same numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +20,10 @@ TEXT_COLUMNS = 40
 """With more columns than this, cells are too narrow for text."""
 TOKEN_WIDTH = 7
 """Characters of a token that fit into a cell."""
+LABEL_WIDTH = 14
+"""Characters of a token that labels a column."""
+MOST_PANELS = 8
+"""Heatmaps that can be told apart side by side."""
 ALPHA = 0.05
 
 
@@ -46,6 +50,10 @@ class Heat:
     """``y x``; None where the result has none."""
     marked: npt.NDArray[np.bool_] | None = None
     """Cells that the view marks, by default those with q < .05, ``y x``."""
+    x_text: tuple[str, ...] | None = None
+    """What stands below each column in place of its name; several columns may have the same."""
+    colors: int | None = None
+    """Which of the colour scales, for a panel with a range of its own; None for the usual one."""
 
     @property
     def cell_text(self) -> npt.NDArray[Any]:
@@ -58,6 +66,17 @@ class Heat:
         if self.text is not None and len(self.x) <= TEXT_COLUMNS:
             out = np.vectorize(lambda t: visible(t, TOKEN_WIDTH), otypes=[object])(self.text) + out
         return out
+
+
+@dataclass(frozen=True)
+class Heats:
+    """Heatmaps side by side, over the same rows and columns; the title of each is its entry."""
+
+    title: str
+    note: str
+    panels: tuple[Heat, ...]
+    shared: bool
+    """Whether all have the same range and colours."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """The entries with the largest absolute value, largest first."""
+    """The entries farthest from `center`, farthest first."""
 
     title: str
     note: str
@@ -97,9 +116,11 @@ class Bars:
     """False where q ≥ .05: drawn paler."""
     low: Numbers | None = None
     high: Numbers | None = None
+    center: float = 0.0
+    """Where bars begin."""
 
 
-Panel: TypeAlias = Heat | Lines | Bars
+Panel: TypeAlias = Heat | Heats | Lines | Bars
 
 
 def panel(result: Result, view: View) -> Panel:
@@ -112,7 +133,7 @@ def panel(result: Result, view: View) -> Panel:
     if frame.empty:
         raise OutputError(f"the figure {view.title!r} has nothing to show: every {view.value} is missing; use .table()")
     if view.kind == "heatmap":
-        return _heat(frame, view)
+        return _heat(result, frame, view) if view.by is None else _heats(result, frame, view)
     return _lines(frame, view) if view.kind == "lines" else _bars(frame, view)
 
 
@@ -136,6 +157,8 @@ def rows(result: Result, view: View) -> pd.DataFrame:
         )
     if view.kind == "heatmap" and view.y is None:
         raise OutputError(f"the heatmap {view.title!r} has no y; name the column of its rows in the View")
+    if view.x_text is not None:
+        _check_labels(result, view)
     for column, value in view.select.items():
         wanted = value if isinstance(value, tuple | list) else [value]
         entries = list(result.data[column].values.ravel()) if column in result.data else list(frame[column])
@@ -200,9 +223,48 @@ def _cells(frame: pd.DataFrame, *columns: str) -> tuple[_Cells, list[npt.NDArray
     return _Cells(frame, tuple(at), tuple(len(e) for e in entries)), entries
 
 
-def _heat(frame: pd.DataFrame, view: View) -> Heat:
+def _heat(result: Result, frame: pd.DataFrame, view: View) -> Heat:
     assert view.y is not None
     cells, (y, x) = _cells(frame, view.y, view.x)
+    return _of_cells(cells, y, x, view, labels(result, view, x))
+
+
+def _heats(result: Result, frame: pd.DataFrame, view: View) -> Heats:
+    """One panel for each entry of `by`, all over the same rows and columns."""
+    assert view.y is not None and view.by is not None
+    whole, (y, x, each) = _cells(frame, view.y, view.x, view.by)
+    if len(each) > MOST_PANELS:
+        raise OutputError(
+            f"the heatmap {view.title!r} has a panel for each of {len(each)} entries of {view.by!r}, and at most"
+            f" {MOST_PANELS} can be told apart; select some, or write another View"
+        )
+    below = labels(result, view, x)
+    panels: list[Heat] = []
+    for i, name in enumerate(_names(each)):
+        mine = whole.at[2] == i
+        rows_of_one: Any = frame[mine]
+        cells = _Cells(rows_of_one, tuple(at[mine] for at in whole.at[:2]), whole.shape[:2])
+        one = _of_cells(cells, y, x, view, below)
+        title = f"{view.by} {name}" if np.issubdtype(each.dtype, np.number) else name
+        panels.append(replace(one, title=title, colors=i if view.scale == "own" else None))
+    notes = [one.note for one in panels if one.note]
+    note = next(
+        (note for note in notes if note.startswith("•")), notes[0] if notes else ""
+    )  # the same in all with dots
+    shared, own = view.scale == "shared", ""
+    if shared:
+        low, high = _limits(np.stack([one.values for one in panels]), view.center)
+        panels = [replace(one, low=low, high=high) for one in panels]
+    elif len(panels) > 1:
+        own = "each panel has a scale of its own"
+    title = view.title or f"{view.value} by {view.y} and {view.x}"
+    return Heats(title, "; ".join(n for n in (note, own) if n), tuple(panels), shared)
+
+
+def _of_cells(
+    cells: _Cells, y: npt.NDArray[Any], x: npt.NDArray[Any], view: View, below: tuple[str, ...] | None
+) -> Heat:
+    assert view.y is not None
     values = cells.mean(view.value)
     low, high = _limits(values, view.center)
     q, chosen = cells.own("q"), cells.own(view.mark) if view.mark else None
@@ -216,7 +278,7 @@ def _heat(frame: pd.DataFrame, view: View) -> Heat:
     text = None
     if view.text is not None and cells.single:
         text = np.full(cells.shape, "", dtype=object)
-        text[cells.at] = frame[view.text].astype(str).to_numpy(object)
+        text[cells.at] = cells.frame[view.text].astype(str).to_numpy(object)
     return Heat(
         title=view.title or f"{view.value} by {view.y} and {view.x}",
         note=note,
@@ -233,7 +295,46 @@ def _heat(frame: pd.DataFrame, view: View) -> Heat:
         text=text,
         q=q,
         marked=marked,
+        x_text=below,
     )
+
+
+def _check_labels(result: Result, view: View) -> None:
+    if view.kind != "heatmap":
+        raise OutputError(
+            f"the figure {view.title!r} has x_text={view.x_text!r}, which labels heatmaps only; leave it out"
+        )
+    if view.x_text not in result.data.data_vars:
+        have = ", ".join(str(n) for n in result.data.data_vars)
+        raise OutputError(
+            f"the figure {view.title!r} labels its columns with {view.x_text!r}, and the result has {have};"
+            " correct its View"
+        )
+    dims = tuple(map(str, result.data[view.x_text].dims))
+    if set(dims) not in ({view.x}, {view.x, "example"}):
+        raise OutputError(
+            f"the figure {view.title!r} labels its columns with {view.x_text!r} over ({', '.join(dims)}); it must be"
+            f" over (example, {view.x}) or ({view.x})"
+        )
+
+
+def labels(result: Result, view: View, x: npt.NDArray[Any]) -> tuple[str, ...] | None:
+    """A label for each entry of `x`: the text that all examples have there, or its own name and "…"."""
+    if view.x_text is None:
+        return None
+    texts: Any = result.data[view.x_text]
+    if "example" in texts.dims:
+        chosen = view.select.get("example")
+        if chosen is not None:
+            wanted = chosen if isinstance(chosen, tuple | list) else [chosen]
+            texts = texts.isel(example=np.isin(texts["example"].values, wanted))
+        texts = texts.transpose(view.x, "example")
+    found = dict(zip(texts[view.x].values.tolist(), texts.values, strict=True))
+    out: list[str] = []
+    for entry, name in zip(x.tolist(), _names(x), strict=True):
+        here = set(np.atleast_1d(found[entry]).tolist()) - {""}  # "" is the padding of shorter examples
+        out.append(visible(str(here.pop()), LABEL_WIDTH) if len(here) == 1 else f"{name} …" if here else name)
+    return tuple(out)
 
 
 def _dots(q: Numbers, marked: npt.NDArray[np.bool_]) -> str:
@@ -244,6 +345,8 @@ def _dots(q: Numbers, marked: npt.NDArray[np.bool_]) -> str:
 
 def _limits(values: Numbers, center: float | None) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
+    if not finite.size:  # one panel among others
+        return (-1.0 + (center or 0.0), 1.0 + (center or 0.0)) if center is not None else (0.0, 1.0)
     if center is not None:
         reach = float(np.abs(finite - center).max()) or 1.0
         return center - reach, center + reach
@@ -277,12 +380,18 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
 def _bars(frame: pd.DataFrame, view: View) -> Bars:
     cells, (x,) = _cells(frame, view.x)
     values, (low, high), q = cells.mean(view.value), cells.interval(), cells.own("q")
-    order = np.argsort(-np.nan_to_num(np.abs(values)), kind="stable")
+    center = view.center or 0.0
+    order = np.argsort(-np.nan_to_num(np.abs(values - center)), kind="stable")
     order = order[np.isfinite(values[order])][:LARGEST]
     of = f"largest {len(order)} of {len(x)}" if len(order) < len(x) else ""
     if q is not None and not np.isfinite(q).any():  # too few examples for any test
         q = None
-    notes = [of, "" if low is None else "whiskers: 95% interval", "" if q is None else "pale: q ≥ .05"]
+    notes = [
+        of,
+        f"bars begin at {center:g}" if center else "",
+        "" if low is None else "whiskers: 95% interval",
+        "" if q is None else "pale: q ≥ .05",
+    ]
     return Bars(
         title=view.title or f"{view.value} by {view.x}",
         note="; ".join(n for n in notes if n),
@@ -292,6 +401,7 @@ def _bars(frame: pd.DataFrame, view: View) -> Bars:
         solid=np.ones(len(order), bool) if q is None else np.nan_to_num(q[order], nan=1.0) < ALPHA,
         low=None if low is None else low[order],
         high=None if high is None else high[order],
+        center=center,
     )
 
 
