@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Sweep
 from mechinterp.core.metrics import Metric, logit_diff
@@ -13,6 +14,8 @@ from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.errors import NeedsError
 from mechinterp.sites import KINDS, Position, Sites
+
+Array = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -86,26 +89,44 @@ class ActivationPatching(Analyzer):
         data = Result.of(parts, unit="(patched - corrupted) / (clean - corrupted)").data
         patched = data["patched"].transpose("example", ...)
         clean, corrupted = data["clean"].values, data["corrupted"].values
-        shape = (-1,) + (1,) * (patched.ndim - 1)
-        present = np.isfinite(patched.values)
-        differences = np.where(present, (clean - corrupted).reshape(shape), np.nan)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            total = np.nansum(differences, 0) / present.sum(0)
-        if (small := np.abs(total) < self.guard).any():
-            warnings.warn(
-                f"clean and corrupted differ by only {float(np.min(np.abs(total))):.2g} in {self.metric}: no effect"
-                " can be normalised; use prompts that the model tells apart",
-                stacklevel=2,
-            )
-            total = np.where(small, np.nan, total)
         base = corrupted if self.direction == "denoise" else clean
-        effect = summarize((patched.values - corrupted.reshape(shape)) / total, context.seed)
-        change = summarize((patched.values - base.reshape(shape)) / total, context.seed)
+        new = share(patched.values, corrupted, clean, base, self.metric, self.guard, context.seed)
         dims = patched.dims[1:]
-        new = {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}
         data = data.assign({name: (dims, value) for name, value in new.items()})
         order = ["effect", "ci_low", "ci_high", "p", "q", "patched", "clean", "corrupted"]
         return Result(data[order], {}, _views([str(d) for d in dims], self))
+
+
+def share(
+    patched: Array, zero: Array, one: Array, base: Array, metric: Metric, guard: float, seed: int
+) -> dict[str, Array]:
+    """Where each cell lies between two runs, (patched - zero) / (one - zero), over examples.
+
+    The denominator is the mean over the examples that have the cell, and is held fixed.
+
+    Args:
+        patched: the metric of every edited run, ``example *cells``; NaN where an example lacks the cell.
+        zero, one: the metric of the runs whose share is 0 and 1, ``example``.
+        base: that of the run that was edited; p and q are of patched - base.
+        guard: least |one - zero| for a share to mean anything; below it a cell is NaN, with a warning.
+    Returns:
+        ``effect``, ``ci_low``, ``ci_high``, ``p`` and ``q``, each of the shape of one example.
+    """
+    shape = (-1,) + (1,) * (patched.ndim - 1)
+    present = np.isfinite(patched)
+    differences = np.where(present, (one - zero).reshape(shape), np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = np.nansum(differences, 0) / present.sum(0)
+    if (small := np.abs(total) < guard).any():
+        warnings.warn(
+            f"clean and corrupted differ by only {float(np.nanmin(np.abs(total))):.2g} in {metric}: no effect"
+            " can be normalised; use prompts that the model tells apart",
+            stacklevel=3,
+        )
+        total = np.where(small, np.nan, total)
+    effect = summarize((patched - zero.reshape(shape)) / total, seed)
+    change = summarize((patched - base.reshape(shape)) / total, seed)
+    return {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}
 
 
 def _views(dims: list[str], analyzer: ActivationPatching) -> tuple[View, ...]:
