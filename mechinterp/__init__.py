@@ -65,6 +65,8 @@ _NAMES = {
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
+    "PathPatching": "mechinterp.analyzers.paths",
+    "Ablation": "mechinterp.analyzers.ablation",
 }
 _MODULES = ("errors", "sites", "tasks", "testing")
 
@@ -75,11 +77,13 @@ if TYPE_CHECKING:
     from mechinterp import sites as sites
     from mechinterp import tasks as tasks
     from mechinterp import testing as testing
+    from mechinterp.analyzers.ablation import Ablation as Ablation
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
+    from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,

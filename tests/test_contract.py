@@ -18,6 +18,10 @@ ANALYZERS: list[tuple[mi.Analyzer, tuple[str, ...]]] = [
     (mi.HeadRoles(sequences=4, length=8), ()),
     (mi.ActivationPatching("resid_pre", positions=("S2", "end")), ()),
     (mi.ActivationPatching("z", heads="each", positions="end", direction="noise"), ()),
+    (mi.PathPatching((sites.q(2), sites.k(2, heads=1)), heads=(1,), mlps="frozen"), ()),
+    (mi.PathPatching("logits", "attn_out", positions=("S2", "end")), ()),
+    (mi.Ablation("mlp_out", "mean", positions="end", cumulative=(1, 2)), ("rank",)),
+    (mi.Ablation("z", "resample", heads=((1, 2),), layers=(0, 2)), ()),
     (mi.Accuracy(), ("rank",)),
     (mi.ActivationStats(), ()),
 ]

@@ -57,6 +57,8 @@ NAMES = [
     "DirectLogitAttribution",
     "HeadRoles",
     "ActivationPatching",
+    "PathPatching",
+    "Ablation",
     "errors",
     "sites",
     "tasks",

@@ -21,12 +21,14 @@ GROUP = "mechinterp.analyzers"
 TABLE = {
     name: EntryPoint(name, f"mechinterp.analyzers.{place}", GROUP)
     for name, place in {
+        "ablation": "ablation:Ablation",
         "accuracy": "accuracy:Accuracy",
         "activation-patching": "patching:ActivationPatching",
         "activation-stats": "stats:ActivationStats",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "head-roles": "heads:HeadRoles",
         "logit-lens": "lens:LogitLens",
+        "path-patching": "paths:PathPatching",
     }.items()
 }
 """Our own analyzers, imported when they are found."""
