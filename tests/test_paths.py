@@ -254,12 +254,17 @@ def test_senders_and_receivers_that_cannot_be(llama: mi.Model) -> None:
             mi.PathPatching(**{name: "q"})
 
 
-def test_who_writes_the_name_in_smollm2(smollm2: mi.Model) -> None:
-    """Two name movers, and one head that writes against the name (Wang et al.'s negative ones), at the last token."""
-    data = mi.run(
-        smollm2, mi.tasks.ioi(6), mi.PathPatching(positions="end", layers=(23, 24, 29), heads=(1, 3, 4))
-    ).data["effect"]
-    assert float(data.sel(layer=23, head=3)) > 0.5
-    assert float(data.sel(layer=29, head=1)) > 0.2
-    assert float(data.sel(layer=24, head=4)) < -0.15
-    assert abs(float(data.sel(layer=29, head=3))) < 0.05
+def test_who_writes_to_the_logits_of_smollm2(smollm2: mi.Model) -> None:
+    """Two heads for the right name, and one against it (Wang et al.'s negative name movers), at the last token.
+
+    What the first of them says it has from the repeated name itself, through its value there.
+    """
+    pairs = mi.tasks.ioi(6)
+    to_logits = mi.PathPatching(positions="end", layers=(23, 24, 29), heads=(1, 3, 4))
+    direct, values = mi.run(smollm2, pairs, [to_logits, mi.PathPatching(sites.v(23, heads=1), "embed", positions="S2")])
+    effect = direct.data["effect"]
+    assert float(effect.sel(layer=23, head=3)) > 0.5
+    assert float(effect.sel(layer=29, head=1)) > 0.2
+    assert float(effect.sel(layer=24, head=4)) < -0.15
+    assert abs(float(effect.sel(layer=29, head=3))) < 0.05
+    assert float(values.data["effect"].values[0]) > 0.25
