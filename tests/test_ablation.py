@@ -166,7 +166,7 @@ def test_ablations_that_cannot_be(llama: mi.Model) -> None:
         mi.run(llama, mi.Examples.of([[5], [6]], answers=ANSWERS[:2]), mi.Ablation(method="mean"))
     odd = mi.Ablation()
     object.__setattr__(odd, "method", "odd")  # as it would be without run-time type checks
-    with pytest.raises(NeedsError, match="must be 'zero', 'mean' or 'resample'. Got 'odd'"):
+    with pytest.raises(NeedsError, match=r"must be 'zero', 'mean' or 'resample'\. Got 'odd'"):
         odd.__post_init__()
     for site in ("embed", "logits", "heads"):
         with pytest.raises(NeedsError, match=f"must be a kind that layers have.* Got '{site}'"):
