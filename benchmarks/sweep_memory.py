@@ -5,7 +5,6 @@ would carry some 133,000 tokens at once, which take more than 4 GB at the widest
 budget is measured in a process of its own, which has loaded the model and swept one pair before.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 import mechinterp as mi
 from benchmarks.timing import arguments, environment
-from mechinterp.engine.packed import _bytes_in_flight, packed_cost, sweep_packed
+from mechinterp.engine.packed import packed_cost, sweep_packed
 
 BUDGETS = (128, 256, 512, 1024, 2048)
 LIMIT = 1.2

@@ -66,6 +66,8 @@ _NAMES = {
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
     "CausalTracing": "mechinterp.analyzers.tracing",
+    "PathPatching": "mechinterp.analyzers.paths",
+    "Ablation": "mechinterp.analyzers.ablation",
 }
 _MODULES = ("errors", "sites", "studies", "tasks", "testing")
 
@@ -77,11 +79,13 @@ if TYPE_CHECKING:
     from mechinterp import studies as studies
     from mechinterp import tasks as tasks
     from mechinterp import testing as testing
+    from mechinterp.analyzers.ablation import Ablation as Ablation
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
+    from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
     from mechinterp.core.analyzer import (

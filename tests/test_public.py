@@ -58,6 +58,8 @@ NAMES = [
     "HeadRoles",
     "ActivationPatching",
     "CausalTracing",
+    "PathPatching",
+    "Ablation",
     "errors",
     "sites",
     "studies",

@@ -21,6 +21,7 @@ GROUP = "mechinterp.analyzers"
 TABLE = {
     name: EntryPoint(name, f"mechinterp.analyzers.{place}", GROUP)
     for name, place in {
+        "ablation": "ablation:Ablation",
         "accuracy": "accuracy:Accuracy",
         "activation-patching": "patching:ActivationPatching",
         "activation-stats": "stats:ActivationStats",
@@ -28,6 +29,7 @@ TABLE = {
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "head-roles": "heads:HeadRoles",
         "logit-lens": "lens:LogitLens",
+        "path-patching": "paths:PathPatching",
     }.items()
 }
 """Our own analyzers, imported when they are found."""

@@ -18,6 +18,8 @@ from mechinterp.sites import KINDS, Position, Site, Sites
 
 Strings = npt.NDArray[Any]  # beartype knows no dtype of strings of any length
 
+Array = npt.NDArray[np.floating]
+
 
 @dataclass(frozen=True)
 class ActivationPatching(Analyzer):
@@ -124,23 +126,9 @@ class ActivationPatching(Analyzer):
         data = Result.of(parts, unit="(patched - corrupted) / (clean - corrupted)").data
         patched = data["patched"].transpose("example", ...)
         clean, corrupted = data["clean"].values, data["corrupted"].values
-        shape = (-1,) + (1,) * (patched.ndim - 1)
-        present = np.isfinite(patched.values)
-        differences = np.where(present, (clean - corrupted).reshape(shape), np.nan)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            total = np.nansum(differences, 0) / present.sum(0)
-        if (small := np.abs(total) < self.guard).any():
-            warnings.warn(
-                f"clean and corrupted differ by only {float(np.min(np.abs(total))):.2g} in {self.metric}: no effect"
-                " can be normalised; use prompts that the model tells apart",
-                stacklevel=2,
-            )
-            total = np.where(small, np.nan, total)
         base = corrupted if self.direction == "denoise" else clean
-        effect = summarize((patched.values - corrupted.reshape(shape)) / total, context.seed)
-        change = summarize((patched.values - base.reshape(shape)) / total, context.seed)
+        new = share(patched.values, corrupted, clean, base, self.metric, self.guard, context.seed)
         dims = tuple(str(d) for d in patched.dims[1:])
-        new = {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}
         data = data.assign({name: (dims, value) for name, value in new.items()})
         if "token_id" in data:
             data["token"] = (data["token_id"].dims, _strings(data["token_id"].values, context.model))
@@ -222,3 +210,35 @@ def _names(data: xr.Dataset, dims: tuple[str, ...], kinds: tuple[str, ...]) -> S
         each = [named.get(name, ".h{}").format(str(e).replace("+", ",")) for e in data[name].values.tolist()]
         out = out + np.array(each, dtype=object).reshape([-1 if d == name else 1 for d in dims])
     return out.astype(str)
+
+
+def share(
+    patched: Array, zero: Array, one: Array, base: Array, metric: Metric, guard: float, seed: int
+) -> dict[str, Array]:
+    """Where each cell lies between two runs, (patched - zero) / (one - zero), over examples.
+
+    The denominator is the mean over the examples that have the cell, and is held fixed.
+
+    Args:
+        patched: the metric of every edited run, ``example *cells``; NaN where an example lacks the cell.
+        zero, one: the metric of the runs whose share is 0 and 1, ``example``.
+        base: that of the run that was edited; p and q are of patched - base.
+        guard: least |one - zero| for a share to mean anything; below it a cell is NaN, with a warning.
+    Returns:
+        ``effect``, ``ci_low``, ``ci_high``, ``p`` and ``q``, each of the shape of one example.
+    """
+    shape = (-1,) + (1,) * (patched.ndim - 1)
+    present = np.isfinite(patched)
+    differences = np.where(present, (one - zero).reshape(shape), np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = np.nansum(differences, 0) / present.sum(0)
+    if (small := np.abs(total) < guard).any():
+        warnings.warn(
+            f"clean and corrupted differ by only {float(np.nanmin(np.abs(total))):.2g} in {metric}: no effect"
+            " can be normalised; use prompts that the model tells apart",
+            stacklevel=3,
+        )
+        total = np.where(small, np.nan, total)
+    effect = summarize((patched - zero.reshape(shape)) / total, seed)
+    change = summarize((patched - base.reshape(shape)) / total, seed)
+    return {"effect": effect.mean, "ci_low": effect.ci_low, "ci_high": effect.ci_high, "p": change.p, "q": change.q}

@@ -38,21 +38,40 @@ class Intervention:
 class Replace(Intervention):
     """Put `value` there (broadcast to the slice): activation patching when it comes from another run.
 
-    With an axis of examples in front (as many axes as the slice), its rows follow the examples' order.
+    With an axis of examples in front (as many axes as the slice), its rows follow the examples' order,
+    or are those of the examples `of`: what `observe` saw of one batch can be put back into just these.
+    Such a value may be wider than a slice of all positions, whose batch is cut to its longest example.
     """
 
     value: Any
     """A tensor, or a number."""
     rows: tuple[int, ...] = ()
+    """Filled in for each batch."""
+    of: tuple[int, ...] = ()
+    """Numbers of the examples that the value has a row for (`TokenBatch.rows`); none, when it has one for each."""
 
     def __post_init__(self) -> None:
         _as_tensor(self, "value")
+        if self.of and self.value.shape[:1] != (len(self.of),):
+            raise HookError(
+                f"a value of shape {tuple(self.value.shape)} has no axis of the {len(self.of)} examples that it is of;"
+                " give one row for each of them"
+            )
 
     def __call__(self, value: Tensor) -> Tensor:
-        return _of_rows(self.value, self.rows, value).to(value).expand_as(value)
+        new = _of_rows(self.value, self.rows, value)
+        if self.of and new.ndim == value.ndim == _axes(self.site):  # past the width is padding of all these examples
+            new = new[:, : value.shape[1]]
+        return new.to(value).expand_as(value)
 
     def for_batch(self, batch: TokenBatch) -> "Replace":
-        return replace(self, rows=batch.rows)
+        if not self.of:
+            return replace(self, rows=batch.rows)
+        if gone := set(batch.rows) - set(self.of):
+            raise HookError(
+                f"a value of the examples {self.of} has no row for example {min(gone)}; write it in their batch alone"
+            )
+        return replace(self, rows=tuple(self.of.index(row) for row in batch.rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +234,14 @@ def _as_tensor(intervention: Intervention, name: str) -> None:
             f" Got {type(value).__name__}"
         )
     object.__setattr__(intervention, name, value)
+
+
+def _axes(where: Where) -> int:
+    """Axes of a site's slice when it has one of positions; 0 for scores and pattern, whose axes differ."""
+    site = resolve(where, 1)[0]
+    if site.axes[1] != "pos":
+        return 0
+    return len(site.axes) - isinstance(site.heads, int) - isinstance(site.neurons, int)
 
 
 def _of_rows(value: Any, rows: tuple[int, ...], part: Tensor) -> Tensor:
