@@ -12,7 +12,7 @@ import torch
 
 import mechinterp as mi
 from benchmarks.timing import arguments, environment
-from mechinterp.engine.packed import packed_cost, sweep_packed
+from mechinterp.engine.packed import sweep_packed
 
 BUDGETS = (128, 256, 512, 1024, 2048)
 LIMIT = 1.2
@@ -24,8 +24,12 @@ def main() -> None:
         print(peak(int(sys.argv[2])))
         return
     options = arguments(__doc__)
-    facts = environment(model="smollm2")
-    print(facts)
+    lines: list[Line] = []
+    for budget in BUDGETS[:1] if options.quick else BUDGETS:
+        command = [sys.executable, "-m", "benchmarks.sweep_memory", "--budget", str(budget)]
+        used = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
+        lines.append(Line(f"{PAIRS} pairs of {POSITIONS} tokens", used, "budget", budget, used / budget, "MB", LIMIT))
+    report("Peak memory of a sweep above the model's", lines, environment(model="smollm2"), options.json)
 
 
 def status(name: str) -> int:
@@ -45,8 +49,6 @@ def peak(megabytes: int) -> int:
     batch = model.tokenize(pairs).batch(range(PAIRS))
     n = model.dims.n_layers
     sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(range(n - LAYERS, n)), positions="each")
-    rows, tokens = packed_cost(model, batch, sweep)
-    print(rows, tokens, file=sys.stderr)
     sweep_packed(model, batch.take([0]), sweep, budget=megabytes << 20)
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")

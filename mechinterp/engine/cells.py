@@ -110,22 +110,19 @@ class Cells:
         """
         if self.edited is not None:
             return self._rows_of_edits(self.edited), self.place < 0
-        examples, none = len(self.lengths), np.iinfo(np.int64).max
+        examples = len(self.lengths)
         first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
         missing = np.zeros((examples, self.grid.rows), bool)
         parts = len(self.grid.parts)
         found: list[Rows] = []
+        known: dict[Any, tuple[Ints, Ints, Bools]] = {}
         for number, (g, position) in enumerate(itertools.product(range(len(self.grid.groups)), self.grid.positions)):
             group = self.grid.groups[g]
             patches = self.sweep.patches and (not self.grid.writes or not any(self.grid.writes[g]))
-            start, stop = np.full(examples, none), np.zeros(examples, np.int64)
-            gone = np.zeros(examples, bool)
-            for site in group:
-                columns, valid = self.columns(site.positions if position is None else position)
-                gone |= ~valid.any(1)
-                active = valid & (columns >= first[:, None]) if patches else valid
-                start = np.minimum(start, np.where(active, columns, none).min(1))
-                stop = np.maximum(stop, np.where(active, columns + 1, 0).max(1))
+            where = tuple(dict.fromkeys(site.positions if position is None else position for site in group))
+            if (where, patches) not in known:
+                known[where, patches] = self._reach(where, first if patches else np.zeros(examples, np.int64))
+            start, stop, gone = known[where, patches]
             cells = np.arange(number * parts, (number + 1) * parts)
             missing[:, cells] = gone[:, None]
             enters, spreads = self._entry(group)
@@ -145,6 +142,19 @@ class Cells:
                 )
             )
         return Rows.joined(found), missing
+
+    def _reach(self, where: tuple[Any, ...], first: Ints) -> tuple[Ints, Ints, Bools]:
+        """First column that is written from `first` on, one beyond the last, and which examples lack the position."""
+        examples, none = len(self.lengths), np.iinfo(np.int64).max
+        start, stop = np.full(examples, none), np.zeros(examples, np.int64)
+        gone = np.zeros(examples, bool)
+        for positions in where:
+            columns, valid = self.columns(positions)
+            gone |= ~valid.any(1)
+            active = valid & (columns >= first[:, None])
+            start = np.minimum(start, np.where(active, columns, none).min(1))
+            stop = np.maximum(stop, np.where(active, columns + 1, 0).max(1))
+        return start, stop, gone
 
     def _entry(self, group: tuple[Site, ...]) -> tuple[int, bool]:
         """The layer at which rows that write these sites join, and whether they carry later columns from there."""

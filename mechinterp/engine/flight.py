@@ -18,6 +18,8 @@ from mechinterp.sites import KINDS, Site
 
 _OUTPUTS = ("q", "k", "v", "q_normed", "k_normed", "mlp_gate", "mlp_up", "router")
 """Kinds that are outputs of modules inside attention and MLP; the table of families says of which."""
+CACHE = 1 << 22
+"""Bytes of one tensor inside an MLP that a processor keeps near."""
 _KINDS = list(KINDS)
 _BEFORE_Z = tuple(_KINDS[_KINDS.index("attn_in") : _KINDS.index("z")])
 _IN_ATTENTION = (*_BEFORE_Z, "z", "head_out")
@@ -76,8 +78,8 @@ class Flight(Writing):
                 self.slot = np.full(len(tokens), -1, np.int64)
                 self.slot[keep] = np.arange(len(keep))
                 tokens, attn = tokens[self.s.tensor(keep)], attn[self.s.tensor(keep)]
-            tokens = self._act("resid_mid", tokens + attn)
-            return self._act("resid_post", tokens + self._act("mlp_out", self._mlp(layer, tokens)))
+            tokens = self._act("resid_mid", attn.add_(tokens))
+            return self._act("resid_post", self._mlp(layer, tokens))
 
     def _attention(self, layer: Any, tokens: Tensor) -> Tensor:
         """attn_out of tokens; nothing is computed that would be held anyway."""
@@ -97,10 +99,16 @@ class Flight(Writing):
         return self._heads(layer.self_attn.o_proj, out)
 
     def _mlp(self, layer: Any, tokens: Tensor) -> Tensor:
-        """mlp_out of tokens, unless it would be held anyway."""
+        """resid_post of tokens; nothing is computed that would be held anyway."""
         if self._held("mlp_out", _IN_MLP):
-            return torch.zeros_like(tokens)
-        return layer.mlp(self._act("mlp_in", layer.post_attention_layernorm(tokens[None])[0])[None])[0]
+            return self._act("mlp_out", torch.zeros_like(tokens)).add_(tokens)
+        if any(map(self._busy, _IN_MLP)) or tokens.is_cuda or self.model.dims.n_experts:
+            out = layer.mlp(self._act("mlp_in", layer.post_attention_layernorm(tokens[None])[0])[None])[0]
+        else:  # what lies between the matrices is as wide as d_mlp: as much at a time as a processor keeps near
+            out, size = torch.empty_like(tokens), max(256, CACHE // (self.model.dims.d_mlp * tokens.element_size()))
+            for some, into in zip(tokens.split(size), out.split(size), strict=True):
+                into.copy_(layer.mlp(layer.post_attention_layernorm(some[None]))[0])
+        return self._act("mlp_out", out).add_(tokens)
 
     def _held(self, kind: str, before: tuple[str, ...]) -> bool:
         """Whether all of a kind is held in this layer, and nothing is written or read before it."""

@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from mechinterp.engine.forward import Passed, forward
 from mechinterp.model.model import Model
 from mechinterp.model.slices import index, overwrite
 from mechinterp.sites import Site, resolve
+
+TOGETHER = 256
+"""Tokens of a run up to which the base and the source run are one pass, whose cost is reading the weights."""
 
 
 class Runs(Cells):
@@ -46,14 +49,18 @@ class Runs(Cells):
         kept += [site.whole for site in (*self.held, *sweep.reads)]
         if sweep.given and not metrics:
             kept.append(Site("final_norm"))  # something may be given there
-        reads = [Read(site) for site in dict.fromkeys(kept)]
-        self.base = forward(model, self.batch.run(sweep.base), reads, metrics, sweep.given)
-        self.tick("sweep_runs", 1)
+        reads, wanted = ([Read(site) for site in dict.fromkeys(sites)] for sites in (kept, patched))
         self.source: Passed | None = None
-        if sweep.patches:
-            wanted = [Read(site) for site in patched]
-            self.source = forward(model, self.batch.run(sweep.source), wanted, metrics)
-            self.tick("sweep_runs", 1)
+        base = self.batch.run(sweep.base)
+        if sweep.patches and not sweep.given and base.ids.numel() <= TOGETHER:
+            both = base.take(list(range(len(base))) * 2)
+            both = replace(both, ids=torch.cat([base.ids, self.batch.run(sweep.source).ids]))
+            passed = forward(model, both, list(dict.fromkeys([*reads, *wanted])), metrics)
+            self.base, self.source = passed.part(slice(len(base))), passed.part(slice(len(base), None))
+        else:
+            self.base = forward(model, base, reads, metrics, sweep.given)
+            self.source = forward(model, self.batch.run(sweep.source), wanted, metrics) if sweep.patches else None
+        self.tick("sweep_runs", 1 + sweep.patches)
         self.clean: Passed | None = None
         if sweep.metric is not None and sweep.metric.compares:
             self.clean = forward(model, self.batch, (), metrics)
