@@ -5,13 +5,14 @@ would carry some 133,000 tokens at once, which take more than 4 GB at the widest
 budget is measured in a process of its own, which has loaded the model and swept one pair before.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 import mechinterp as mi
-from benchmarks.timing import arguments, environment
+from benchmarks.timing import Line, arguments, environment, report
 from mechinterp.engine.packed import sweep_packed
 
 BUDGETS = (128, 256, 512, 1024, 2048)
@@ -45,7 +46,7 @@ def peak(megabytes: int) -> int:
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 40000, (2, PAIRS, POSITIONS), generator=generator)
-    pairs = mi.Examples.pairs(ids[0], ids[1], [(1, 2)] * PAIRS)
+    pairs = mi.Examples.pairs(ids[0].tolist(), ids[1].tolist(), [(1, 2)] * PAIRS)
     batch = model.tokenize(pairs).batch(range(PAIRS))
     n = model.dims.n_layers
     sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(range(n - LAYERS, n)), positions="each")
