@@ -134,6 +134,9 @@ class Attached:
         if getattr(self, "_kernel", None) is not None:
             config: Any = self.hf.config
             config._attn_implementation, self._kernel = self._kernel, None
+        for each in getattr(self, "_work", ()):  # passes and what was read in them know each other
+            each.state, each.values = None, {}
+        self._work, self.now = [], None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every forward call of the base model gets a `Pass`, made by the engine or from the call itself."""
