@@ -222,7 +222,8 @@ def test_the_base_runs_keys_and_values_are_never_written(model: mi.Model) -> Non
             sweep = mi.Sweep(mi.logit_diff(), mi.Sites(kind), positions=("S2", "end"), write=write)
             cells = packed._Sweeping(model, batch, sweep, 20, lambda what, n: None, packed.BUDGET, True)
             before = {read: value.clone() for read, value in cells.base.values.items()}
-            cells.run()
+            with torch.no_grad():
+                cells.run()
             assert all(torch.equal(value, before[read]) for read, value in cells.base.values.items())
 
 
@@ -309,9 +310,8 @@ def test_what_may_carry_a_change_backwards_is_not_packed(llama: mi.Model) -> Non
 def test_cells_that_are_no_place(llama: mi.Model) -> None:
     examples = mi.tasks.ioi(3)
     for engine in ("packed", "full"):
-        for head in (-1, 99):
-            with pytest.raises(SiteError, match="heads 0 to 3"):
-                mi.run(llama, examples, mi.ActivationPatching("z", heads=(head,)), engine=engine)
+        with pytest.raises(SiteError, match="heads 0 to 3"):
+            mi.run(llama, examples, mi.ActivationPatching("z", heads=(99,)), engine=engine)
         with pytest.raises(ExamplesError, match=r"position 99 is outside every example; the longest has \d+"):
             mi.run(llama, examples, mi.ActivationPatching("z", positions=(99,)), engine=engine)
     with pytest.raises(NeedsError, match="must be a kind, such as 'resid_pre'"):

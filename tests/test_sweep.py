@@ -243,3 +243,13 @@ def test_grid_rows_match_its_axes(llama: mi.Model) -> None:
     assert len(list(grid)) == grid.rows == 8
     assert next(iter(grid)) == ((Site("v", 0, 0, 1), None),)
     assert resolve("v", 3)[2] in {s.whole for row in grid for s, _ in row}
+
+
+def test_a_cell_that_nobody_in_the_batch_has(model: mi.Model) -> None:
+    examples = mi.Examples.pairs([[5, 6, 7], [5, 6, 7, 8, 9]], [[9, 6, 7], [4, 6, 7, 8, 9]], [(1, 2), (3, 4)])
+    patching = mi.ActivationPatching("resid_pre", positions=(1, 4))
+    full, packed = (
+        mi.run(model, examples, patching, engine=e, batch_size=1).data["patched"] for e in ("full", "packed")
+    )
+    assert np.isnan(full.sel(example=0, position="4" if full["position"].dtype.kind == "U" else 4)).all()
+    np.testing.assert_allclose(full, packed, atol=2e-5)

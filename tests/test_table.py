@@ -54,7 +54,7 @@ def test_an_analyzer_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None
     ("name", "said"),
     [
         ("LogitLens", "did you mean 'logit-lens'"),
-        ("xyzzy", r"no analyzer 'xyzzy'; known are accuracy, .*logit-lens"),
+        ("xyzzy", r"no analyzer 'xyzzy'; known are ablation, .*logit-lens"),
         ("gone", r"'gone' cannot be imported from no_such_package:Gone \(ModuleNotFoundError: .*install"),
         ("moved", r"cannot be imported from tests.test_table:Moved \(AttributeError"),
         ("no-analyzer", "is tests.test_table:installed, which is no subclass of mechinterp.Analyzer"),

@@ -318,8 +318,8 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
     def sweep(one: Sweep) -> Swept:
         if work.sweeps[one] is None:
             return sweep_packed(model, batch, one, budget=state.budget, tick=tick_packed)
-        if one.given and one.metric is not None:
-            state.tick("forward")  # the base run with what is given
+        # The base run with what is given, and once more for what is held.
+        state.tick("forward", (one.metric is not None and bool(one.given)) + bool(one.held))
         source = passed.get(one.source, nothing).values
         return sweep_full(model, batch, one, source, clean, passed, tick_rows)
 
@@ -334,6 +334,7 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
             fresh = forward(model, batch.run(name), reads, metrics)
             runs[name] = Passed({**dict(extra.get(name, [])), **fresh.values}, fresh.logits, fresh.rows)
             state.tick("forward")
+        state.tick("forward", (one.metric is not None and bool(one.given)) + bool(one.held))
         source = runs[one.source].values if one.source in runs else {}
         return sweep_full(model, batch, one, source, runs["clean"], runs, tick_rows)
 

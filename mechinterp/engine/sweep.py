@@ -202,9 +202,16 @@ def sweep_full(
         wanted.append(Read(Site("logits", positions="end")))
     held = resolve(sweep.held, model.dims.n_layers)
     whole = [Read(site.whole) for site in held]
-    resting = forward(model, base_batch, [*whole, Read(Site("logits", positions="end"))], (), sweep.given).values
+    resting: Mapping[Read, Tensor] = {}
+    if held:
+        resting = forward(model, base_batch, [*whole, Read(Site("logits", positions="end"))], (), sweep.given).values
     for row in grid:
         sites = [site for site, _ in row]
+        missing = torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
+        for site in sites:
+            missing |= _missing(batch, site)
+        if bool(missing.all()):  # nobody here has such a row
+            row, sites = (), [Site("embed")]
         writes = list(sweep.given)
         for site in held:
             chosen = site.at(sites[0].positions) if site.positions == "each" else site
@@ -212,9 +219,6 @@ def sweep_full(
         for site, write in row:
             writes.append(_put(site, source[Read(site.whole, sweep.source)], batch) if write is None else write)
         passed = forward(model, base_batch, wanted, metrics, writes, lenient=True)
-        missing = torch.zeros(len(batch), dtype=torch.bool, device=batch.ids.device)
-        for site in sites:
-            missing |= _missing(batch, site)
         if sweep.metric is not None:
             values.append(score(sweep.metric, base_batch, passed, clean).masked_fill(missing, float("nan")))
         for site in sweep.reads:

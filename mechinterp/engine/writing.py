@@ -57,10 +57,11 @@ class Runs(Cells):
             both = replace(both, ids=torch.cat([base.ids, self.batch.run(sweep.source).ids]))
             passed = forward(model, both, list(dict.fromkeys([*reads, *wanted])), metrics)
             self.base, self.source = passed.part(slice(len(base))), passed.part(slice(len(base), None))
+            self.tick("sweep_runs", 1)
         else:
             self.base = forward(model, base, reads, metrics, sweep.given)
             self.source = forward(model, self.batch.run(sweep.source), wanted, metrics) if sweep.patches else None
-        self.tick("sweep_runs", 1 + sweep.patches)
+            self.tick("sweep_runs", 1 + sweep.patches)
         self.clean: Passed | None = None
         if sweep.metric is not None and sweep.metric.compares:
             self.clean = forward(model, self.batch, (), metrics)
