@@ -86,15 +86,11 @@ def main() -> None:
     total = float((stream.data["clean"] - stream.data["corrupted"]).mean())
     value = results["reads"].table().set_index("row").loc["value at S2", "change"]
     own = direct.data["effect"].sel(layer=layer, head=head)
-    print(
-        f"\nSo: the second name's stream hands over to the last token's at layer {handed}. Head {layer}.{head} restores"
-    )
-    print(
-        f"{float(table['effect'].iloc[0]):.0%} of the difference by itself, and {float(own):.0%} of it is lost along its"
-    )
-    print(
-        f"direct path to the logits. What it carries is its value at the second name: {-value / total:.0%} of the difference."
-    )
+    alone = float(table["effect"].iloc[0])
+    print(f"\nSo: the second name's stream hands over to the last token's at layer {handed}.")
+    print(f"Head {layer}.{head} restores {alone:.0%} of the difference by itself, and {float(own):.0%} of it")
+    print("is lost along its direct path to the logits.")
+    print(f"What it carries is its value at the second name: {-value / total:.0%} of the difference.")
 
     if options.out:
         for name, result in results.items():
