@@ -31,11 +31,13 @@ class Line:
     """What the ratio must not exceed; None where nothing was promised."""
 
 
-def arguments(doc: str | None) -> argparse.Namespace:
-    """``--quick`` and ``--json FILE``; the module's docstring is the help."""
+def arguments(doc: str | None, figure: bool = False) -> argparse.Namespace:
+    """``--quick``, ``--json FILE`` and perhaps ``--figure FILE``; the module's docstring is the help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="little work: checks that it runs and agrees")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write facts and lines as JSON")
+    if figure:
+        parser.add_argument("--figure", type=Path, metavar="FILE", help="also draw the curves, as PNG or SVG")
     return parser.parse_args()
 
 
