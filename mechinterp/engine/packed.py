@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechinterp.core.analyzer import Sweep, Swept
+from mechinterp.core.analyzer import Sweep, Swept, Writes
 from mechinterp.core.interventions import Add, Intervention, Knockout, Mean, Noise, Project, Replace, Scale, Steer, Zero
 from mechinterp.core.metrics import Function
 from mechinterp.core.tokens import TokenBatch
@@ -42,7 +42,7 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
         spans: names that the examples give to several tokens.
     """
     grid = Grid.of(sweep, model, 1)
-    written = [site for row in grid for site, _ in row]
+    written = [site for group in grid.groups for site in group]
     given = [site for one in sweep.given for site in resolve(one.site, model.dims.n_layers)]
     held = resolve(sweep.held, model.dims.n_layers)
     for what, sites in (("written", [*written, *given, *held]), ("read", sweep.reads)):
@@ -71,15 +71,12 @@ def _mixes(sweep: Sweep, grid: Grid, spans: Collection[str]) -> str | None:
         where = site.positions
         return where in spans or (where != "end" and not isinstance(where, int | str))
 
-    def function(one: Intervention | None) -> bool:
-        return one is not None and not isinstance(one, _FIXED)
-
-    if any(function(one) and several(site) for one in sweep.given for site in resolve(one.site, 1)):
+    if any(_function(one) and several(site) for one in sweep.given for site in resolve(one.site, 1)):
         return "what is given may carry a change to earlier positions"
-    if sweep.positions == "each":
+    if sweep.positions == "each" or not _applies(sweep.write, grid):
         return None
     for row in grid:
-        if (sweep.given or len(row) > 1) and any(function(write) and several(site) for site, write in row):
+        if (sweep.given or len(row) > 1) and any(_function(write) and several(site) for site, write in row):
             return "a function of several positions, in several layers, may carry a change to earlier ones"
     return None
 
@@ -119,7 +116,8 @@ def sweep_packed(
     pieces: list[Swept] = []
     width = entries(sweep, int(whole.lengths.max()), whole.rows)
     size = _examples_at_once(model, sweep, whole, budget)
-    if isinstance(sweep.metric, Function) or _applies(sweep, model):
+    functions = any(map(_function, sweep.given)) or _applies(sweep.write, Grid.of(sweep, model, 1))
+    if isinstance(sweep.metric, Function) or functions:
         size = len(whole)  # a user's function may know the batch by heart
     for start in range(0, len(whole), size):
         some = whole.take(range(start, min(start + size, len(whole))))
@@ -159,10 +157,16 @@ def packed_cost(model: Model, batch: TokenBatch, sweep: Sweep) -> tuple[int, int
     return len(rows), cells.token_layers(rows)
 
 
-def _applies(sweep: Sweep, model: Model) -> bool:
-    """Whether any write is a user's function."""
-    writes = [write for row in Grid.of(sweep, model, 1) for _, write in row if write is not None]
-    return any(not isinstance(write, _FIXED) for write in (*sweep.given, *writes))
+def _applies(made: Writes | None, grid: Grid) -> bool:
+    """Whether rows write what a user's function makes; a grid's `write` makes one kind of intervention everywhere."""
+    if grid.writes:
+        return any(map(_function, (write for row in grid.writes for write in row)))
+    sites = grid.groups[0] if grid.groups else ()
+    return made is not None and any(_function(made(grid.at(s, grid.positions[0], grid.parts[0]))) for s in sites)
+
+
+def _function(write: Intervention | None) -> bool:
+    return write is not None and not isinstance(write, _FIXED)
 
 
 def _examples_at_once(model: Model, sweep: Sweep, batch: TokenBatch, budget: int) -> int:

@@ -148,8 +148,10 @@ def source_reads(sweep: Sweep, model: Model) -> tuple[Read, ...]:
     """What rows of an activation-patching sweep take from the source run."""
     if not sweep.patches:
         return ()
-    rows = Grid.of(sweep, model, 1)
-    return tuple(dict.fromkeys(Read(site.whole, sweep.source) for row in rows for site, write in row if write is None))
+    grid = Grid.of(sweep, model, 1)
+    writes = grid.writes or tuple((grid.write,) * len(group) for group in grid.groups)
+    pairs = (pair for group, row in zip(grid.groups, writes, strict=True) for pair in zip(group, row, strict=True))
+    return tuple(dict.fromkeys(Read(site.whole, sweep.source) for site, write in pairs if write is None))
 
 
 def row_count(sweep: Sweep, model: Model, width: int, rows: Sequence[int]) -> int:
