@@ -1,6 +1,8 @@
 """Laws of the forward pass, on every family."""
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.trace import Read, Reduce
+from mechinterp.engine.forward import forward
 from mechinterp.errors import ExamplesError, HookError, NeedsError, SiteError
 from mechinterp.sites import Site, resolve
 from mechinterp.testing import hook_count
@@ -294,3 +297,18 @@ def test_bad_input_is_refused_by_name(model: mi.Model) -> None:
     if not model.arch.qk_norm:
         with pytest.raises(SiteError, match="no q/k-norm"):
             model.trace([1, 2], "q_normed.0")
+
+
+def test_what_was_read_is_freed_with_its_last_user(model: mi.Model) -> None:
+    """Not when the garbage is collected: a sweep in pieces would hold the reads of all its passes."""
+    batch = model.tokenize(mi.Examples.of([[5, 6, 7]])).batch([0])
+    reads = [Read(site) for site in model.sites if site.kind in ("resid_post", "k_rot", "v", "pattern", "z")]
+    gc.disable()
+    try:
+        values = forward(model, batch, reads).values
+        alive = [weakref.ref(value) for value in values.values()]
+        assert all(ref() is not None for ref in alive)
+        del values
+        assert not any(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
