@@ -141,3 +141,63 @@ def test_what_is_held_is_the_base_runs(model: mi.Model) -> None:
 
     for engine in ("packed", "full"):
         assert float(mi.run(model, examples, Held(), engine=engine).data["value"].max()) < 1e-4
+
+
+def test_what_the_engines_must_agree_on(model: mi.Model) -> None:
+    """Layers in one intervention, orders at one place, held at a site's own position, a row read where it writes."""
+    examples, last = mi.tasks.ioi(3, seed=5), model.dims.n_layers - 1
+    end = mi.sites.resid_post(last, positions="end")
+    sweeps = [
+        mi.Sweep(mi.logit_diff(), rows=((mi.Scale(mi.sites.mlp_out([0, 1]), 3.0),),), base="clean"),
+        mi.Sweep(mi.logit_diff(), rows=((mi.sites.z(1), mi.Scale(mi.sites.z(1), 3.0)),)),
+        mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(1, positions="S2"), held=(mi.sites.mlp_out(positions="each"),)),
+        mi.Sweep(sites=end, write=mi.Zero, reads=(end,)),
+        mi.Sweep(sites=mi.sites.resid_post(0), positions="end", write=mi.Zero, reads=(mi.sites.resid_post(0),)),
+    ]
+
+    class Several(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(sweeps={str(i): sweep for i, sweep in enumerate(sweeps)})
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            found = [s.values if s.values is not None else next(iter(s.reads.values())) for s in batch.sweeps.values()]
+            real = torch.stack([value.flatten(1).nan_to_num().norm(dim=1) for value in found], 1)
+            return mi.Part(real, "example sweep")
+
+    packed, full = (
+        mi.run(model, examples, Several(), engine=e, batch_size=1).data["value"] for e in ("packed", "full")
+    )
+    np.testing.assert_allclose(packed, full, atol=2e-4, rtol=1e-5)
+
+
+def test_rows_read_of_ragged_examples_in_pieces(llama: mi.Model) -> None:
+    texts = [list(range(5, 5 + n)) for n in (5, 7, 9, 6)]
+    pairs = mi.Examples.pairs(texts, [[t + 40 for t in text] for text in texts], [(1, 2)] * 4)
+    paths = mi.PathPatching((mi.sites.k(1), mi.sites.mlp_in(2)))
+    small, large = (mi.run(llama, pairs, paths, budget=budget).data["patched"] for budget in (150_000, 1 << 30))
+    np.testing.assert_allclose(small, large, atol=2e-5)
+
+
+def test_edits_that_some_lack_and_counts_for_metrics(llama: mi.Model) -> None:
+    examples = mi.Examples.of([[5, 6, 7], [5, 6, 7, 8], [9, 8, 7]], answers=[(1, 2)] * 3)
+    edits = ((mi.Edit((0,)),), (), (mi.Edit((1,)), mi.Edit((2,), (4,))))
+
+    class Edited(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(sweeps={"edits": mi.Sweep(mi.logit_diff(), edits=edits, base="clean")})
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            values = batch.sweeps["edits"].values
+            return mi.Part(
+                torch.nn.functional.pad(values, (0, 2 - values.shape[1]), value=float("nan")), "example edit"
+            )
+
+    found = [mi.run(llama, examples, Edited(), engine=e, batch_size=1).data["value"] for e in ("packed", "full")]
+    np.testing.assert_allclose(found[0], found[1], atol=2e-5)
+    assert np.isfinite(found[0].values).sum(1).tolist() == [1, 0, 2]
+    right = mi.sweep(llama, examples, [mi.Zero(mi.sites.z(0))] * 2, lambda logits: logits.argmax(-1) == 5)
+    assert right.data["value"].dtype.kind == "f" and right.data["row"].values.tolist()[1] == "Zero z.0 (2)"
+    with pytest.raises(NeedsError, match="Got an empty choice"):
+        mi.run(llama, mi.tasks.ioi(2), mi.ActivationPatching("z", layers=()))
+    with pytest.raises(HookError, match="must name the keys"):
+        mi.Knockout(mi.sites.scores(0), "all")

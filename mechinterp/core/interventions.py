@@ -192,6 +192,8 @@ class Knockout(Intervention):
     def __post_init__(self) -> None:
         if any(site.kind != "scores" for site in resolve(self.site, 1)):
             raise HookError(f"Knockout cuts attention, so its site must be scores. Got {self.site}")
+        if self.keys in (None, "all"):
+            raise HookError(f"Knockout must name the keys that it hides, such as 'S2' or (0, 1). Got {self.keys!r}")
 
     def __call__(self, value: Tensor) -> Tensor:
         if self.columns is None:

@@ -65,11 +65,11 @@ class Cells:
         self.place: Ints = self._places()
         """Where in `edited` a cell of an example is, ``example cell``; -1 where it is not."""
 
-    def _edited(self) -> TokenBatch:
-        """Every edited input; an edit that a token's batch-mates lack does not matter to it."""
+    def _edited(self) -> TokenBatch | None:
+        """Every edited input; None where these examples have none."""
         base = self.batch.run(self.sweep.base)
         pairs = [(i, one) for i, row in enumerate(self.batch.rows) for one in self.sweep.edits[row]]
-        return edit(base, [i for i, _ in pairs], [one for _, one in pairs])
+        return edit(base, [i for i, _ in pairs], [one for _, one in pairs]) if pairs else None
 
     def _places(self) -> Ints:
         out = np.full((len(self.lengths), self.grid.rows), -1, np.int64)
@@ -108,8 +108,11 @@ class Cells:
         Args:
             skip: leave out rows that write what is there already.
         """
-        if self.edited is not None:
-            return self._rows_of_edits(self.edited), self.place < 0
+        if self.sweep.edits:
+            found = [] if self.edited is None else [self._rows_of_edits(self.edited)]
+            none = np.zeros(0, np.int64)
+            found.append(Rows(none, none, none, none, none, none, np.zeros(0, bool)))
+            return Rows.joined(found), self.place < 0
         examples = len(self.lengths)
         first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
         missing = np.zeros((examples, self.grid.rows), bool)

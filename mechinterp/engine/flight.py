@@ -42,7 +42,8 @@ class Flight(Writing):
         n, arch = self.model.dims.n_layers, self.model.arch
         columns, valid = self.s.metric_columns(self.rows)
         columns = np.where(valid, columns, -1)
-        last = max((layer for layer, _ in self.read), default=-1)
+        # What is written at the end of a layer joins at the next.
+        last = max((layer + (kind == "resid_post") for layer, kind in self.read), default=-1)
         to_the_end = self.s.sweep.metric is not None or last == n
         tokens = self.s.residual(0).new_empty(0, self.model.dims.d_model)
         with _packed(self.model):

@@ -103,7 +103,7 @@ def score(metric: Metric, batch: TokenBatch, passed: Passed, reference: Passed |
         raise ExamplesError(
             f"the metric {metric} gave shape {tuple(values.shape)} for {len(batch)} examples; return one number each"
         )
-    return values
+    return values if values.is_floating_point() else values.float()
 
 
 def trace(model: Model, text: Any, reads: Wanted, interventions: Sequence[Intervention] = ()) -> Trace:

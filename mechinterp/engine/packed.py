@@ -56,6 +56,14 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
         return "rows are read at scores or pattern"
     if any(s.kind == "attn_out" for s in sweep.reads) and any(s.kind == "resid_mid" for s in (*written, *given, *held)):
         return "attn_out is read, of which a write at resid_mid is a change"
+    if any(site.positions == "each" for site in held) and sweep.positions is None:
+        return "what is held follows positions that the sites have themselves"
+    for group, writes in zip(grid.groups, grid.writes, strict=False):
+        places = [
+            {(s.layer, s.kind) for s, w in zip(group, writes, strict=True) if (w is None) is p} for p in (True, False)
+        ]
+        if places[0] & places[1]:
+            return "a row patches and edits one place, in an order of its own"
     if given and sweep.edits:
         return "inputs are edited, and something is given at their positions"
     twins = any(site.kind in ("embed", "resid_post") for site in (*written, *held, *sweep.reads))
@@ -136,10 +144,16 @@ def sweep_packed(
 
 def _joined(batch: TokenBatch, site: Site, pieces: list[Tensor]) -> Tensor:
     """``example cell ...`` of all examples; all positions stand where the batch has them, padding is NaN."""
-    if batch.where(site.positions, strict=False) is not None:
+    where = batch.where(site.positions, strict=False)
+    if where is not None and where.columns.ndim == 2:  # a span may be shorter in some pieces
+        wide = max(piece.shape[2] for piece in pieces)
+        gaps = [[0, 0] * (piece.ndim - 3) + [0, wide - piece.shape[2]] for piece in pieces]
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(piece, gap, value=float("nan")) for piece, gap in zip(pieces, gaps, strict=True)])
+    if where is not None:
         return torch.cat(pieces)
     width = batch.ids.shape[1]
-    out = torch.cat(pieces).new_full((len(batch), pieces[0].shape[1], width, *pieces[0].shape[3:]), float("nan"))
+    out = pieces[0].new_full((len(batch), pieces[0].shape[1], width, *pieces[0].shape[3:]), float("nan"))
     row = 0
     for piece in pieces:
         for one in piece:
@@ -279,7 +293,7 @@ class _Sweeping(Runs):
         """
         metric = self.sweep.metric
         assert metric is not None
-        wanted, base, every = metric.rows(self.batch), self.base.logits[metric], metric.positions is None
+        wanted, base, every = self.base.rows[metric], self.base.logits[metric], metric.positions is None
         where = self.batch.where(metric.positions)
         several = where is None or where.columns.ndim == 2
         for some, slots, examples, cells in self._together(rows, base[0].numel()):

@@ -61,6 +61,9 @@ def sweep(
     if not rows:
         raise NeedsError("there are no rows to sweep; give at least one write")
     labels = tuple(named) or tuple(" ".join(map(_shown, row)) for row in rows)
+    labels = tuple(
+        f"{one} ({labels[: i + 1].count(one)})" if one in labels[:i] else one for i, one in enumerate(labels)
+    )
     chosen = logit_diff() if metric is None else as_metric(metric)
     wanted = Sweep(chosen, rows=rows, base=base, source=source, given=tuple(given), held=tuple(held))
     options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "seed": seed, "budget": budget}

@@ -57,6 +57,8 @@ class Grid:
         if sweep.rows:
             return cls._of_rows(sweep, model)
         sites = resolve(sweep.sites, model.dims.n_layers)
+        if not sites or () in (sweep.positions, sweep.heads, sweep.neurons):
+            raise NeedsError("a grid must have at least one layer, position, head and neuron. Got an empty choice")
         layered = len({s.kind for s in sites}) == 1 and all(s.layer is not None for s in sites)
         axes: list[tuple[str, tuple[Any, ...]]] = [
             ("layer", tuple(s.layer for s in sites)) if layered else ("site", tuple(str(s) for s in sites))
@@ -100,7 +102,7 @@ class Grid:
     def _of_rows(cls, sweep: Sweep, model: Model) -> "Grid":
         rows = [
             [
-                (site, None if isinstance(one, Site) else one)
+                (site, None if isinstance(one, Site) else replace(one, site=site))
                 for one in row
                 for site in resolve(one if isinstance(one, Site) else one.site, model.dims.n_layers)
             ]

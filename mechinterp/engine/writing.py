@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechinterp.core.analyzer import Sweep
 from mechinterp.core.interventions import Intervention
+from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.cells import Cells, Ints, Rows
@@ -52,7 +53,8 @@ class Runs(Cells):
         reads, wanted = ([Read(site) for site in dict.fromkeys(sites)] for sites in (kept, patched))
         self.source: Passed | None = None
         base = self.batch.run(sweep.base)
-        if sweep.patches and not sweep.given and base.ids.numel() <= TOGETHER:
+        ours = all(type(metric).__module__ == Metric.__module__ for metric in metrics)  # another may know its batch
+        if sweep.patches and not sweep.given and ours and base.ids.numel() <= TOGETHER:
             both = base.take(list(range(len(base))) * 2)
             both = replace(both, ids=torch.cat([base.ids, self.batch.run(sweep.source).ids]))
             passed = forward(model, both, list(dict.fromkeys([*reads, *wanted])), metrics)
