@@ -118,7 +118,8 @@ class Function(Metric):
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
         assert self.fn is not None
-        return self.fn(logits)
+        out = self.fn(logits)
+        return out if out.is_floating_point() else out.float()  # right or wrong, a rank, ...
 
 
 def logit_diff(positions: int | str = "end") -> LogitDiff:
