@@ -1,5 +1,6 @@
 """Gradients against autograd by hand and finite differences."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ def test_gradients_equal_finite_differences_at_every_site(model: mi.Model, ids: 
     tokens = model.tokenize(examples(ids))
     batch, metric = tokens.batch(range(3)), mi.logit_diff()
     chosen = [s for s in model.sites if s.kind not in ("head_out", "logits") and (s.layer or 1) == 1]
-    grads = backward(model, batch, chosen, metric)
+    grads, _ = backward(model, batch, chosen, metric)
     base = forward(model, batch, [Read(s) for s in chosen], [metric]).values
     for site in chosen:
         value, grad = base[Read(site)], grads[Read(site)]
@@ -46,7 +47,7 @@ def test_selected_gradients_are_slices(model: mi.Model, ids: list[list[int]]) ->
     batch = model.tokenize(examples(ids)).batch(range(3))
     whole = [Site("z", 1), Site("pattern", 1)]
     some = [Site("z", 1, heads=2, positions="end"), Site("pattern", 1, heads=(1, 3), positions=(0, 2))]
-    grads = backward(model, batch, [*whole, *some], mi.logit_diff())
+    grads, _ = backward(model, batch, [*whole, *some], mi.logit_diff())
     ends = torch.tensor([8, 5, 8])
     torch.testing.assert_close(grads[Read(some[0])], grads[Read(whole[0])][torch.arange(3), ends, 2])
     torch.testing.assert_close(grads[Read(some[1])], grads[Read(whole[1])][:, [1, 3]][:, :, [0, 2]])
@@ -87,8 +88,58 @@ def test_gradients_reach_an_analyzer_one_backward_for_each_metric(model: mi.Mode
     results = mi.run(model, examples(ids), [Norms("resid_pre"), Norms("mlp_out"), Norms("resid_pre")])
     assert results[0].meta["passes"] == {"rounds": 1, "backward": 1}
     batch = model.tokenize(examples(ids)).batch(range(3))
-    expected = backward(model, batch, [Site("mlp_out", i) for i in range(3)], mi.logit_diff())
+    expected, _ = backward(model, batch, [Site("mlp_out", i) for i in range(3)], mi.logit_diff())
     for i in range(3):
         for row in range(3):
             norm = expected[Read(sites.mlp_out(i))][row].norm()
             assert float(results[1].data["value"].sel(layer=i, example=row)) == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_a_run_between_two_is_differentiated_where_it_is(model: mi.Model, ids: list[list[int]]) -> None:
+    """Its values and gradients are those of the same embeddings written by hand."""
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Between(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(
+                grads={
+                    "g": mi.Grad(sites.q(), mi.logit_diff(), reads=sites.resid_mid(), between=((sites.embed(), 0.25),)),
+                    "own": mi.Grad(sites.q(), mi.logit_diff()),
+                }
+            )
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            part = {name: (batch.grads[name].stack("q"), "layer example position head d_head") for name in ("g", "own")}
+            return mi.Part(part | {"mid": (batch.values["g"].stack("resid_mid"), "layer example position d_model")})
+
+    clean, corrupted = ids[0], [*ids[0][:3], *ids[1][3:]]
+    pairs = mi.Examples.pairs([clean], [corrupted], [(5, 9)])
+    result = mi.run(model, pairs, Between())
+    assert result.meta["passes"] == {"rounds": 1, "forward": 2, "backward": 2}
+    batch = model.tokenize(pairs).batch([0])
+    a, b = (
+        forward(model, batch.run(run), [Read(sites.embed())]).values[Read(sites.embed())]
+        for run in ("clean", "corrupted")
+    )
+    write = mi.Replace(sites.embed(), 0.25 * a + 0.75 * b)
+    expected, values = backward(
+        model, batch, list(sites.q().of(3)), mi.logit_diff(), reads=[Read(Site("resid_mid", 2))], writes=[write]
+    )
+    for i in range(3):
+        found = torch.as_tensor(result.data["g"].sel(layer=i).values)
+        torch.testing.assert_close(found, expected[Read(Site("q", i))], atol=1e-5, rtol=1e-4)
+    found = torch.as_tensor(result.data["mid"].sel(layer=2).values)
+    torch.testing.assert_close(found, values[Read(Site("resid_mid", 2))], atol=1e-5, rtol=1e-4)
+    assert not np.allclose(result.data["g"], result.data["own"])
+
+
+def test_a_site_that_is_cut_off_has_no_gradient(model: mi.Model, ids: list[list[int]]) -> None:
+    batch = model.tokenize(examples(ids)).batch(range(3))
+    cut = [mi.Apply(Site(kind, 1), torch.Tensor.detach) for kind in ("attn_out", "mlp_out")]
+    at = [Site("z", 1), Site("mlp_in", 1), Site("z", 0)]
+    grads, _ = backward(model, batch, at, mi.logit_diff(), writes=cut)
+    assert float(grads[Read(at[0])].abs().max()) == float(grads[Read(at[1])].abs().max()) == 0.0
+    whole, _ = backward(model, batch, at, mi.logit_diff())
+    assert float(grads[Read(at[2])].abs().max()) > 0.0
+    assert not torch.allclose(grads[Read(at[2])], whole[Read(at[2])])

@@ -33,11 +33,28 @@ Chosen: TypeAlias = str | tuple[int | tuple[int, ...], ...] | None
 
 @dataclass(frozen=True)
 class Grad:
-    """The gradient of the summed metric at sites, in one run. One backward per distinct metric."""
+    """The gradient of the summed metric at sites, in one run. One backward per distinct metric and run.
+
+    Attributes:
+        of: the run that is differentiated.
+        reads: sites whose values in that run are wanted beside the gradients, in `Batch.values`.
+        between: (sites, share): there the run holds share × its own value + (1 - share) × the other run's,
+            which is a point on the path of integrated gradients.
+        given: interventions in force in the run, such as an `Apply` that detaches a site from the graph.
+            Where one cuts a site off from the metric, its gradient is zero.
+    """
 
     sites: Site | Sites | str | tuple[Site | Sites | str, ...]
     metric: Metric
     of: Run = "clean"
+    reads: Site | Sites | str | tuple[Site | Sites | str, ...] = ()
+    between: tuple[tuple[Site | Sites | str, float], ...] = ()
+    given: tuple[Intervention, ...] = ()
+
+    @property
+    def run(self) -> "Grad":
+        """The run alone: equal for all who can share its pass."""
+        return replace(self, sites=(), reads=())
 
 
 @dataclass(frozen=True)
@@ -176,6 +193,8 @@ class Batch:
     corrupted: Trace
     own: Mapping[str, Trace]
     grads: Mapping[str, Trace]
+    values: Mapping[str, Trace]
+    """Under the name of a gradient, what its `reads` asked of the run that was differentiated."""
     sweeps: Mapping[str, Swept]
     rerun: Callable[[Sweep], Swept]
     """Run a sweep that depends on what was just read, on this batch, at once."""

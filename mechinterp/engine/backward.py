@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechinterp.core.interventions import Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
-from mechinterp.engine.forward import FINAL_NORM, Passed, call
+from mechinterp.engine.forward import FINAL_NORM, Passed, call, fired
 from mechinterp.errors import NeedsError
 from mechinterp.model.hooks import Attached
 from mechinterp.model.model import Model
@@ -23,13 +24,19 @@ def backward(
     sites: Sequence[Site],
     metric: Metric,
     reference: Passed | None = None,
-) -> Mapping[Read, Tensor]:
-    """Gradient of the metric, summed over examples, at each site; the site's own shape.
+    *,
+    reads: Sequence[Read] = (),
+    writes: Sequence[Intervention] = (),
+) -> tuple[Mapping[Read, Tensor], Mapping[Read, Tensor]]:
+    """Gradient of the metric, summed over examples, at each site, with the site's own shape; and what is read.
 
     Examples do not touch each other, so row i is the gradient of example i's own metric.
 
+    Args:
+        reads: values of the same pass that are wanted too.
+        writes: in force in the pass. What one cuts off from the metric has a gradient of zero.
     Raises:
-        NeedsError: the metric does not depend on a site.
+        NeedsError: the metric does not depend on a site, and nothing is written.
     """
     places = list(dict.fromkeys(site.whole for site in sites))
     with torch.enable_grad():
@@ -37,9 +44,12 @@ def backward(
         written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
         last = Read(Site("logits") if written else FINAL_NORM)
         stop = last.site
-        attached = Attached(model.hf, model.arch, model.dims, (), [last], places, stop=stop)
+        taken = list(dict.fromkeys([last, *reads]))
+        attached = Attached(model.hf, model.arch, model.dims, writes, taken, places, stop=stop)
         with attached:
             call(model, batch)
+            fired(taken, attached.values)
+            values = {read: attached.values[read].detach() for read in reads}
             final = select(attached.values[last], last.site, batch.where(metric.positions))
         rows = metric.rows(batch)
         chosen = final if rows is None or not written else final[..., rows]
@@ -51,6 +61,8 @@ def backward(
     out: dict[Read, Tensor] = {}
     for site in sites:
         grad = grads[places.index(site.whole)]
+        if grad is None and writes:
+            grad = torch.zeros_like(attached.captured[site.whole])
         if grad is None:
             raise NeedsError(f"the metric {metric} does not depend on {site}; ask for the gradient at an earlier site")
         heads = model.dims.heads(site.kind)
@@ -62,4 +74,4 @@ def backward(
             grad = grad.unflatten(-1, (heads, -1))
         part = select(grad, site, batch.where(site.positions))
         out[Read(site)] = part.transpose(1, 2) if site.kind in PATTERN_KINDS and part.ndim == 4 else part
-    return out
+    return out, values

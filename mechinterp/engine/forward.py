@@ -73,7 +73,7 @@ def forward(
     attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=full.site if whole else stop)
     with attached:
         call(model, batch, lenient)
-        _fired(taken, attached.values)
+        fired(taken, attached.values)
         values = attached.values
     result = {read: values[read] for read in inside}
     for read in outside:
@@ -179,7 +179,7 @@ def generate(
     with attached:
         out = model.hf.generate(batch.ids, attention_mask=batch.mask.long(), **settings)
         for step in attached.steps:
-            _fired(wanted, step)
+            fired(wanted, step)
     values = {read: _join(read, [step[read] for step in attached.steps]) for read in wanted}
     new = tuple(int(i) for i in out[0, batch.ids.shape[1] :])
     string = None if model.tokenizer is None else str(model.tokenizer.decode(new, skip_special_tokens=True))
@@ -211,7 +211,8 @@ def call(model: Model, batch: TokenBatch, lenient: bool = False) -> None:
         model.hf(input_ids=batch.ids, use_cache=False, mechinterp=Pass(batch, lenient), **kwargs)
 
 
-def _fired(reads: Sequence[Read], values: Mapping[Read, Tensor]) -> None:
+def fired(reads: Sequence[Read], values: Mapping[Read, Tensor]) -> None:
+    """Raise unless every read fired."""
     for read in reads:
         if read not in values:
             raise HookError(

@@ -43,7 +43,8 @@ class Round:
     reads: Mapping[Run, tuple[Read, ...]]
     metrics: Mapping[Run, tuple[Metric, ...]]
     own: Mapping[Examples, tuple[Read, ...]]
-    grads: Mapping[tuple[Metric, Run], tuple[Site, ...]]
+    grads: Mapping[Grad, tuple[tuple[Site, ...], tuple[Read, ...]]]
+    """Every run that is differentiated: at which sites, and what is read of it."""
     sweeps: Mapping[Sweep, str | None]
     """Every sweep, and why it takes one whole pass for each row; None where it is packed."""
 
@@ -81,7 +82,7 @@ def compile_round(
     reads: dict[Run, dict[Read, None]] = {"clean": {}, "corrupted": {}}
     metrics: dict[Run, dict[Metric, None]] = {"clean": {}, "corrupted": {}}
     own: dict[Examples, dict[Read, None]] = {}
-    grads: dict[tuple[Metric, Run], dict[Site, None]] = {}
+    grads: dict[Grad, tuple[dict[Site, None], dict[Read, None]]] = {}
     sweeps: dict[Sweep, str | None] = {}
     for analyzer in analyzers:
         try:
@@ -95,9 +96,16 @@ def compile_round(
                     check(read.site, model.arch, model.dims)
                     own.setdefault(one.examples, {})[read] = None
             for grad in need.grads.values():
+                at, beside = grads.setdefault(grad.run, ({}, {}))
                 for site in resolve(grad.sites, layers):
                     check(site, model.arch, model.dims)
-                    grads.setdefault((grad.metric, grad.of), {})[site] = None
+                    at[site] = None
+                for site in resolve(grad.reads, layers):
+                    check(site, model.arch, model.dims)
+                    beside[Read(site, grad.of)] = None
+                for read in _mixed(grad, layers):
+                    check(read.site, model.arch, model.dims)
+                    reads[read.of][read] = None
                 _compare(grad.metric, metrics)
             for sweep in need.sweeps.values():
                 _check_sweep(model, sweep, tokens)
@@ -125,7 +133,7 @@ def compile_round(
         {run: tuple(r) for run, r in reads.items()},
         {run: tuple(m) for run, m in metrics.items()},
         {examples: tuple(r) for examples, r in own.items()},
-        {key: tuple(s) for key, s in grads.items()},
+        {run: (tuple(at), tuple(beside)) for run, (at, beside) in grads.items()},
         sweeps,
     )
 
@@ -146,6 +154,13 @@ def _check_sweep(model: Model, sweep: Sweep, tokens: Tokens | None) -> None:
     for position in sweep.positions if isinstance(sweep.positions, tuple) else (sweep.positions,):
         if tokens is not None and isinstance(position, int) and not -longest <= position < longest:
             raise ExamplesError(f"position {position} is outside every example; the longest has {longest} tokens")
+
+
+def _mixed(grad: Grad, layers: int) -> list[Read]:
+    """What of both runs is mixed in a run on the path between them."""
+    runs: tuple[Run, Run] = ("clean", "corrupted")
+    sites = [site.whole for where, _ in grad.between for site in resolve(where, layers)]
+    return [Read(site, run) for site in sites for run in runs]
 
 
 def _compare(metric: Metric, metrics: dict[Run, dict[Metric, None]]) -> None:
@@ -258,14 +273,14 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
             passes.append(
                 PlannedPass("forward", run, users, len(tokens), len(batches), depth, len(reads), 1, total * depth, held)
             )
-        for (metric, run), sites in work.grads.items():
-            users = _users(
-                work, lambda need, _, key=(metric, run): key in {(g.metric, g.of) for g in need.grads.values()}
-            )
-            held = sum(_bytes(model, Read(s), widest, longest, len(batches[-1])) for s in sites)
-            n = model.dims.n_layers
+        for run, (sites, beside) in work.grads.items():
+            users = _users(work, lambda need, _, run=run: run in {g.run for g in need.grads.values()})
+            held = sum(_bytes(model, r, widest, longest, len(batches[-1])) for r in [*map(Read, sites), *beside])
+            n, count = model.dims.n_layers, len(sites) + len(beside)
+            if run.of == "corrupted" and tokens.corrupted is None:
+                tokens.batch([0]).run("corrupted")  # says what is missing
             passes.append(
-                PlannedPass("backward", run, users, len(tokens), len(batches), n, len(sites), 1, 2 * total * n, held)
+                PlannedPass("backward", run.of, users, len(tokens), len(batches), n, count, 1, 2 * total * n, held)
             )
         for sweep, why in work.sweeps.items():
             users = _users(work, lambda need, _, sweep=sweep: sweep in need.sweeps.values())
@@ -337,7 +352,8 @@ def _touches(need: Needs, declared: tuple[Read, ...], run: Run) -> bool:
     )
     grads: list[Grad] = list(need.grads.values())
     compares = run == "clean" and any(g.metric.compares for g in grads)
-    return swept or compares or any(r.of == run for r in declared)
+    mixed = any(g.between for g in grads)
+    return swept or compares or mixed or any(r.of == run for r in declared)
 
 
 def _depth(model: Model, sites: Sequence[Site], logits: bool) -> int:

@@ -7,16 +7,19 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from mechinterp.core.analyzer import Analyzer, Batch, Context, Own, Sweep, Swept, as_reads
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Grad, Own, Sweep, Swept, as_reads
 from mechinterp.core.examples import Examples
+from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.result import Part, Result
 from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read, Trace
+from mechinterp.core.trace import Run as RunName
 from mechinterp.engine.backward import backward
 from mechinterp.engine.forward import Passed, forward, out_of_memory
 from mechinterp.engine.packed import BUDGET, sweep_packed, why_full
@@ -297,10 +300,14 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         state.tick("forward")
     nothing = Passed({}, {}, {})
     clean = passed.get("clean", nothing)
-    grads: dict[Any, Mapping[Read, Tensor]] = {}
-    for (metric, run_name), sites in work.grads.items():
-        reference = clean if metric.compares else None
-        grads[metric, run_name] = backward(model, batch.run(run_name), sites, metric, reference)
+    grads: dict[Grad, Mapping[Read, Tensor]] = {}
+    values: dict[Grad, Mapping[Read, Tensor]] = {}
+    for one, (at, beside) in work.grads.items():
+        writes = [*_mix(one, passed, model), *one.given]
+        reference = clean if one.metric.compares else None
+        grads[one], values[one] = backward(
+            model, batch.run(one.of), at, one.metric, reference, reads=beside, writes=writes
+        )
         state.tick("backward")
 
     def tick_rows(n: int) -> None:
@@ -340,7 +347,7 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
 
     swept = {one: sweep(one) for one in work.sweeps}
     everything = {r: t for p in passed.values() for r, t in p.values.items()}
-    shared = _shared(everything, own, grads, swept, batch)
+    shared = _shared(everything, own, [*grads.values(), *values.values()], swept, batch)
     parts: list[Part | None] = []
     for index, (analyzer, need) in enumerate(zip(work.analyzers, work.needs, strict=True)):
         if not work.observes(index):
@@ -362,9 +369,17 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
             own=own[index],
             grads={
                 name: Trace(
-                    {Read(s): grads[g.metric, g.of][Read(s)] for s in resolve(g.sites, model.dims.n_layers)},
+                    {Read(s): grads[g.run][Read(s)] for s in resolve(g.sites, model.dims.n_layers)},
                     batch,
                     f"{analyzer.name}, gradients {name}",
+                )
+                for name, g in need.grads.items()
+            },
+            values={
+                name: Trace(
+                    {Read(s, g.of): values[g.run][Read(s, g.of)] for s in resolve(g.reads, model.dims.n_layers)},
+                    batch.run(g.of),
+                    f"{analyzer.name}, values of {name}",
                 )
                 for name, g in need.grads.items()
             },
@@ -376,11 +391,27 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
     return parts
 
 
+def _mix(grad: Grad, passed: Mapping[str, Passed], model: Model) -> list[Intervention]:
+    """What puts a run between the two of a pair."""
+    other: RunName = "corrupted" if grad.of == "clean" else "clean"
+    out: list[Intervention] = []
+    for where, share in grad.between:
+        for site in (each.whole for each in resolve(where, model.dims.n_layers)):
+            own, others = (passed[run].values[Read(site, run)] for run in (grad.of, other))
+            out.append(Apply(site, partial(_set, torch.lerp(others, own, share))))
+    return out
+
+
+def _set(new: Tensor, old: Tensor) -> Tensor:
+    return new
+
+
 def _layers(work: Round, index: int, model: Model) -> list[list[int]]:
     """The sets of layers that an analyzer declared, kind by kind, for the coordinates of its parts."""
     sites: list[Site] = [r.site for r in work.declared[index]]
     for one in [*work.needs[index].grads.values(), *work.needs[index].sweeps.values()]:
         sites += resolve(one.sites, model.dims.n_layers)
+        sites += resolve(one.reads, model.dims.n_layers)
     by_kind: dict[str, set[int]] = {}
     for site in sites:
         if site.layer is not None:
@@ -391,7 +422,7 @@ def _layers(work: Round, index: int, model: Model) -> list[list[int]]:
 def _shared(
     everything: Mapping[Read, Tensor],
     own: Sequence[Mapping[str, Trace]],
-    grads: Mapping[Any, Mapping[Read, Tensor]],
+    grads: Sequence[Mapping[Read, Tensor]],
     swept: Mapping[Sweep, Swept],
     batch: TokenBatch,
 ) -> list[tuple[str, Tensor]]:
@@ -399,7 +430,7 @@ def _shared(
     out = [(str(read.site), tensor) for read, tensor in everything.items()]
     for traces in own:
         out += [(f"{read.site} of {name}", trace[read]) for name, trace in traces.items() for read in trace.reads]
-    out += [(f"the gradient at {read.site}", t) for some in grads.values() for read, t in some.items()]
+    out += [(f"what a gradient gave at {read.site}", t) for some in grads for read, t in some.items()]
     for one in swept.values():
         tensors = [one.values, one.base, one.source, *one.reads.values()]
         out += [("a sweep", t) for t in tensors if t is not None]
