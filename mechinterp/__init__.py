@@ -65,6 +65,7 @@ _NAMES = {
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
+    "AttributionPatching": "mechinterp.analyzers.attribution",
     "CausalTracing": "mechinterp.analyzers.tracing",
     "PathPatching": "mechinterp.analyzers.paths",
     "Ablation": "mechinterp.analyzers.ablation",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from mechinterp import testing as testing
     from mechinterp.analyzers.ablation import Ablation as Ablation
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
+    from mechinterp.analyzers.attribution import AttributionPatching as AttributionPatching
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens

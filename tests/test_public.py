@@ -57,6 +57,7 @@ NAMES = [
     "DirectLogitAttribution",
     "HeadRoles",
     "ActivationPatching",
+    "AttributionPatching",
     "CausalTracing",
     "PathPatching",
     "Ablation",

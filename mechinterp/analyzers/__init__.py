@@ -25,6 +25,7 @@ TABLE = {
         "accuracy": "accuracy:Accuracy",
         "activation-patching": "patching:ActivationPatching",
         "activation-stats": "stats:ActivationStats",
+        "attribution-patching": "attribution:AttributionPatching",
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "head-roles": "heads:HeadRoles",
