@@ -1,9 +1,13 @@
-"""Prompt generators: behaviours that models are known for, with answers and named positions."""
+"""Prompt generators: behaviours that models are known for, with answers and named positions.
 
+`planted` holds models whose circuits are known, with prompts that show them.
+"""
+
+from mechinterp.tasks import planted
 from mechinterp.tasks.agreement import agreement
 from mechinterp.tasks.capitals import capitals
 from mechinterp.tasks.greater_than import greater_than
 from mechinterp.tasks.induction import induction
 from mechinterp.tasks.ioi import ioi
 
-__all__ = ["agreement", "capitals", "greater_than", "induction", "ioi"]
+__all__ = ["agreement", "capitals", "greater_than", "induction", "ioi", "planted"]
