@@ -1,0 +1,414 @@
+"""Circuit: the edges of a model that a behaviour needs, with their scores."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import stats
+
+from mechinterp.core.display import ROWS, count, html_table
+from mechinterp.core.graph import Graph, Ints
+from mechinterp.core.result import Result
+from mechinterp.errors import NeedsError
+from mechinterp.report.files import write_file
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import plotly.graph_objects as go
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+STABLE = 0.8
+"""Mean Jaccard index of resampled circuits from which on a circuit is called stable."""
+SIZES = ("n_layers", "n_heads", "n_kv_heads")
+
+
+@dataclass(frozen=True, eq=False, init=False, repr=False)
+class Circuit:
+    """Some of a model's edges, and the scores of all.
+
+    Attributes:
+        graph: the nodes and edges of the model.
+        scores: of every edge, ``edge``, with sign: positive where the edge helps; NaN where not scored.
+        kept: which edges are in the circuit, ``edge``; by default all that have a score.
+        meta: model, method, metric, number of examples, and where else the numbers come from; with what
+            `stability` found (``replace(circuit, meta={**circuit.meta, **circuit.stability(...)})``) an
+            unstable circuit says that it is.
+    """
+
+    graph: Graph
+    scores: Floats
+    kept: Mask
+    meta: Mapping[str, Any]
+
+    def __init__(
+        self,
+        graph: Graph,
+        scores: npt.ArrayLike,
+        kept: npt.ArrayLike | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Copy what is given.
+
+        Raises:
+            NeedsError: not one number, or not one bool, for each edge; an infinite score.
+        """
+        values = np.array(scores, np.float64)
+        mask = np.isfinite(values) if kept is None else np.array(kept)
+        for name, array in (("scores", values), ("kept", mask)):
+            if array.shape != (len(graph),) or array.dtype != (bool if name == "kept" else float):
+                raise NeedsError(
+                    f"The {name} of Circuit must be a vector of {'bools' if name == 'kept' else 'numbers'}, one for each"
+                    f" of {len(graph):,} edges. Got {array.dtype} of shape {array.shape}"
+                )
+            array.flags.writeable = False
+        if np.isinf(values).any():
+            infinite = int(np.isinf(values).sum())
+            raise NeedsError(f"{count(infinite, 'score')} of infinite size; score in float32, or give NaN to leave out")
+        for name, value in (("graph", graph), ("scores", values), ("kept", mask), ("meta", dict(meta or {}))):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, result: Result) -> "Circuit":
+        """All edges that a result scores, such as that of EdgeAttribution.
+
+        Raises:
+            NeedsError: it has no variable ``score`` on ``edge``, or not the sizes of the model.
+        """
+        data = result.data
+        try:
+            graph = Graph(*(int(data.attrs[name]) for name in SIZES), bool(data.attrs["ungrouped"]))
+            found, senders, receivers = data["score"], data["sender"].values, data["receiver"].values
+        except KeyError as error:
+            raise NeedsError(f"the result has no {error.args[0]!r}; give one that scores edges") from error
+        if found.dims != ("edge",):
+            raise NeedsError(f"score has axes {found.dims}, not ('edge',); take its mean over the others")
+        scores = np.full(len(graph), np.nan)
+        scores[[graph.edge(str(s), str(r)) for s, r in zip(senders, receivers, strict=True)]] = found.values
+        return cls(graph, scores, meta=result.meta)
+
+    def top(self, n: int | float, absolute: bool = True) -> "Circuit":
+        """The `n` best of all edges that have a score, kept here or not.
+
+        Args:
+            n: how many; or, as a float, the share of the model's edges (1.0: all that have a score).
+            absolute: best is largest in size; False: most positive. Of equals, the one numbered first.
+        Raises:
+            NeedsError: `n` is no such number.
+        """
+        return self._with(_top(self.scores, _amount(n, self.scores), absolute))
+
+    def prune(self) -> "Circuit":
+        """Without the edges that are on no path from ``embed`` to ``logits`` inside the circuit."""
+        kept = self.kept & _on_paths(self.graph, self.kept)
+        return Circuit(self.graph, self.scores, kept, self.meta)  # what was unstable still is
+
+    def __and__(self, other: "Circuit") -> "Circuit":
+        return self._with(self.kept & self._alike(other).kept)
+
+    def __or__(self, other: "Circuit") -> "Circuit":
+        """Edges of either; scores of the other where there is none here."""
+        kept = self.kept | self._alike(other).kept
+        scores = np.where(np.isnan(self.scores), other.scores, self.scores)
+        return Circuit(self.graph, scores, kept, _unjudged(self.meta))
+
+    def __sub__(self, other: "Circuit") -> "Circuit":
+        return self._with(self.kept & ~self._alike(other).kept)
+
+    def __len__(self) -> int:
+        """How many edges are in the circuit."""
+        return int(self.kept.sum())
+
+    def __contains__(self, edge: tuple[str, str]) -> bool:
+        """Whether ``(sender, receiver)`` is in the circuit.
+
+        Raises:
+            NeedsError: the model has no such edge.
+        """
+        return bool(self.kept[self.graph.edge(*edge)])
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Every node at an end of an edge of the circuit, in the order of the pass.
+
+        An edge into the keys or values of a group leads to those heads of the group that another edge
+        brings into the circuit; to all of them where none does.
+        """
+        there = {int(s) for s in self.graph.ends[0][self.kept]}
+        there |= {node for fed in self._fed.values() for node in fed}
+        names = (*self.graph.senders, "logits")
+        return tuple(names[i] for i in sorted(there))
+
+    @property
+    def edges(self) -> pd.DataFrame:
+        """A row for each edge of the circuit: ``sender, receiver, score``; largest size first."""
+        return self._frame(self.kept)
+
+    def table(self) -> pd.DataFrame:
+        """A row for each edge that has a score or is kept: ``sender, receiver, score, kept``; largest size first."""
+        some = self.kept | np.isfinite(self.scores)
+        return self._frame(some).assign(kept=self.kept[self._order(some)])
+
+    def by_node(self) -> pd.DataFrame:
+        """Sums of score sizes over the circuit's edges: ``node, outgoing, incoming``, in the order of the pass.
+
+        An edge into the keys or values of a group counts in full for every head that it leads to.
+        """
+        return pd.DataFrame(_sums(self), columns=["node", "outgoing", "incoming"])
+
+    def overlap(self, other: "Circuit") -> dict[str, float]:
+        """How alike two circuits of one graph are.
+
+        Returns:
+            ``edges, nodes``: Jaccard indices (1 of two empty circuits); ``shared, only_here, only_there``:
+            numbers of edges; ``spearman``: of the scores of all edges that both score, kept or not.
+        Raises:
+            NeedsError: they are of different graphs.
+        """
+        return _overlap(self, self._alike(other))
+
+    def stability(
+        self, resampled: npt.ArrayLike, n: int | float | None = None, absolute: bool = True
+    ) -> dict[str, Any]:
+        """Whether the best edges stay the best when the examples are drawn anew.
+
+        Args:
+            resampled: scores from resampled examples, ``resample edge``; two or more.
+            n, absolute: which are best, as for `top`; None: as many as are kept here.
+        Returns:
+            ``stability``: mean Jaccard index of the best edges over pairs of resamples; ``stable``:
+            whether it is .8 or more; ``to_this``: mean Jaccard index with the best by `scores`;
+            ``resamples``, ``n``.
+        Raises:
+            NeedsError: not such scores, or no such number.
+        """
+        rows = np.asarray(resampled, np.float64)
+        if rows.ndim != 2 or rows.shape[1] != len(self.graph) or len(rows) < 2:
+            raise NeedsError(
+                f"The resampled of stability must be two or more rows of {len(self.graph):,} scores. Got {rows.shape}"
+            )
+        amount = min(_amount(len(self) if n is None else n, row) for row in (self.scores, *rows))
+        pairs, to_this = _agreement(np.stack([_top(row, amount, absolute) for row in (self.scores, *rows)]))
+        return {"stability": pairs, "stable": pairs >= STABLE, "to_this": to_this, "resamples": len(rows), "n": amount}
+
+    @property
+    def unstable(self) -> bool:
+        """Whether `meta` says so: a ``stability`` under .8."""
+        return bool(self.meta.get("stability", 1.0) < STABLE)
+
+    def to_networkx(self) -> "nx.MultiDiGraph":
+        """`nodes`, and between them ``score, receiver`` and ``kind``: q, k, v, mlp or logits; keys are receivers.
+
+        An edge into the keys or values of a group is there once for every head that it leads to.
+        """
+        from mechinterp.studies.circuit_figure import as_networkx
+
+        return as_networkx(self)
+
+    def dot(self) -> str:
+        """As text for Graphviz, which `from_dot` reads back."""
+        from mechinterp.studies.circuit_figure import write_dot
+
+        return write_dot(self)
+
+    @classmethod
+    def from_dot(cls, text: str, graph: Graph) -> "Circuit":
+        """What `dot` wrote: the same edges, and their scores.
+
+        Raises:
+            OutputError: the text is not of that form, or names edges that `graph` lacks.
+        """
+        from mechinterp.studies.circuit_figure import read_dot
+
+        return cls(graph, *read_dot(text, graph))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the circuit as one JSON file, which `load` reads back; an earlier file is replaced.
+
+        Raises:
+            OutputError: it cannot be written, or `meta` holds what JSON cannot.
+        """
+        from mechinterp.studies.circuit_figure import write_json
+
+        write_file(path, write_json(self))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Circuit":
+        """Read back what `save` wrote.
+
+        Raises:
+            OutputError: there is no such file, or it holds something else.
+        """
+        from mechinterp.studies.circuit_figure import read_json
+
+        return cls(*read_json(path))
+
+    def figure(self, max_edges: int = 60) -> "go.Figure":
+        """Layers from left to right, edges coloured by sign and as wide as their scores.
+
+        Args:
+            max_edges: of a larger circuit the strongest are drawn, and the figure says so.
+        Raises:
+            NeedsError: `max_edges` is under 1.
+        """
+        from mechinterp.studies.circuit_figure import circuit_figure
+
+        return circuit_figure(self, max_edges)
+
+    @property
+    def caption(self) -> str:
+        """What the circuit is, in words."""
+        said = [f"{count(len(self), 'edge')} of {len(self.graph):,} between {count(len(self.nodes), 'node')}"]
+        said += [f"scored by {self.meta['analyzer']}"] if "analyzer" in self.meta else []
+        said += [f"metric {self.meta['metric']}"] if "metric" in self.meta else []
+        said += [count(self.meta["examples"], "example")] if isinstance(self.meta.get("examples"), Integral) else []
+        if self.unstable:
+            said.append(f"unstable: resampled circuits overlap by {self.meta['stability']:.2f}, less than {STABLE}")
+        return "; ".join(said)
+
+    @property
+    def title(self) -> str:
+        return f"Circuit of {self.meta['model']}" if "model" in self.meta else "Circuit"
+
+    def links(self) -> list[tuple[int, str, str, str]]:
+        """(number, sender, receiver, node) of every edge and each node that it leads to; largest scores first."""
+        names = (*self.graph.senders, "logits")
+        senders, receivers = self.graph.ends
+        return [
+            (int(edge), names[senders[edge]], self.graph.receivers[receivers[edge]], names[node])
+            for edge in self._order(self.kept)
+            for node in self._fed[int(receivers[edge])]
+        ]
+
+    def __repr__(self) -> str:
+        frame = self.edges
+        more = f"\n… and {len(frame) - ROWS:,} more" if len(frame) > ROWS else ""
+        return f"{self.title} ({self.caption})\n{frame.head(ROWS).to_string(index=False)}{more}"
+
+    def _repr_html_(self) -> str:
+        frame = self.edges
+        shown = [list(row) for row in frame.head(ROWS).itertuples(index=False, name=None)]
+        caption = f"{self.title}: {self.caption}"
+        return html_table([str(c) for c in frame.columns], shown, caption, max(0, len(frame) - ROWS))
+
+    @functools.cached_property
+    def _fed(self) -> dict[int, tuple[int, ...]]:
+        """Of each receiver in the circuit, the numbers of the nodes there that it feeds."""
+        senders, receivers = self.graph.ends
+        feeds = _feeds(self.graph)
+        here = np.unique(receivers[self.kept]).tolist()
+        others = {*senders[self.kept].tolist(), *(feeds[r][0] for r in here if len(feeds[r]) == 1)}
+        return {r: tuple(node for node in feeds[r] if node in others) or feeds[r] for r in here}
+
+    def _order(self, some: Mask) -> Ints:
+        """Numbers of some edges, largest size first, those without a score last; of equals, the first first."""
+        numbers = np.flatnonzero(some)
+        size = np.nan_to_num(np.abs(self.scores[numbers]), nan=-1)
+        return numbers[np.argsort(-size, kind="stable")]
+
+    def _frame(self, some: Mask) -> pd.DataFrame:
+        order = self._order(some)
+        senders, receivers = (ends[order] for ends in self.graph.ends)
+        names = {"sender": [self.graph.senders[i] for i in senders]}
+        names["receiver"] = [self.graph.receivers[i] for i in receivers]
+        return pd.DataFrame({**names, "score": self.scores[order]})
+
+    def _with(self, kept: Mask) -> "Circuit":
+        return Circuit(self.graph, self.scores, kept, _unjudged(self.meta))
+
+    def _alike(self, other: "Circuit") -> "Circuit":
+        if other.graph != self.graph:
+            raise NeedsError(f"circuits of different graphs cannot be compared: {self.graph} and {other.graph}")
+        return other
+
+
+@functools.lru_cache(maxsize=8)
+def _feeds(graph: Graph) -> tuple[tuple[int, ...], ...]:
+    """Of each receiver, the numbers of the nodes that it feeds; that of the logits is one past the senders."""
+    numbers = {name: i for i, name in enumerate((*graph.senders, "logits"))}
+    return tuple(tuple(numbers[node] for node in graph.nodes_of(r)) for r in graph.receivers)
+
+
+def _on_paths(graph: Graph, kept: Mask) -> Mask:
+    """Edges whose sender is reached from ``embed``, and from whose receiver the logits are."""
+    reached, useful = (np.zeros(len(graph.senders) + 1, bool) for _ in range(2))
+    reached[0] = useful[-1] = True
+    into = [*zip(graph.starts.tolist(), graph.reach.tolist(), _feeds(graph), strict=True)]
+    for start, reach, fed in into:  # in the order of the pass, so what is sent is settled before it is read
+        if (kept[start : start + reach] & reached[:reach]).any():
+            reached[list(fed)] = True
+    for start, reach, fed in reversed(into):
+        if useful[list(fed)].any():
+            useful[:reach] |= kept[start : start + reach]
+    senders, receivers = graph.ends
+    leads = np.array([useful[list(fed)].any() for fed in _feeds(graph)])
+    return reached[senders] & leads[receivers]
+
+
+def _top(scores: Floats, n: int, absolute: bool) -> Mask:
+    numbers = np.flatnonzero(np.isfinite(scores))
+    values = np.abs(scores[numbers]) if absolute else scores[numbers]
+    best = np.zeros(len(scores), bool)
+    best[numbers[np.argsort(-values, kind="stable")[:n]]] = True
+    return best
+
+
+def _amount(n: int | float, scores: Floats) -> int:
+    """How many edges `n` are, whether a count or a share."""
+    scored = int(np.isfinite(scores).sum())
+    if isinstance(n, Integral) and not isinstance(n, bool) and 0 <= n <= scored:
+        return int(n)
+    if isinstance(n, Real) and not isinstance(n, Integral) and 0 < n <= 1:
+        return min(scored, max(1, round(float(n) * len(scores))))
+    raise NeedsError(
+        f"The n of a circuit's best edges must be a count up to {scored:,}, the edges that have a score,"
+        f" or a share of all, a float in (0, 1]. Got {n!r}"
+    )
+
+
+def _agreement(best: Mask) -> tuple[float, float]:
+    """Mean Jaccard index of as many edges, ``resample edge``: over pairs but for the first; and with the first."""
+    columns = best[:, best.any(0)].astype(np.float32)
+    shared = columns @ columns.T
+    jaccard = shared / np.maximum(2 * best[0].sum() - shared, 1) if best.any() else np.ones_like(shared)
+    return float(jaccard[1:, 1:][np.triu_indices(len(best) - 1, 1)].mean()), float(jaccard[0, 1:].mean())
+
+
+def _sums(circuit: Circuit) -> list[tuple[str, float, float]]:
+    """Of each node, the sizes of the scores that leave it and that reach it."""
+    sums = {node: [0.0, 0.0] for node in circuit.nodes}
+    size = np.nan_to_num(np.abs(circuit.scores))
+    for sender, edge in zip(circuit.graph.ends[0][circuit.kept], np.flatnonzero(circuit.kept), strict=True):
+        sums[circuit.graph.senders[sender]][0] += float(size[edge])
+    for edge, _, _, node in circuit.links():
+        sums[node][1] += float(size[edge])
+    return [(node, sent, received) for node, (sent, received) in sums.items()]
+
+
+def _overlap(a: Circuit, b: Circuit) -> dict[str, float]:
+    nodes, others = {*a.nodes}, {*b.nodes}
+    shared, either = int((a.kept & b.kept).sum()), int((a.kept | b.kept).sum())
+    both = np.isfinite(a.scores) & np.isfinite(b.scores)
+    x, y = a.scores[both], b.scores[both]
+    rank: Any = stats.spearmanr(x, y) if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
+    return {
+        "edges": shared / either if either else 1.0,
+        "nodes": len(nodes & others) / len(nodes | others) if either else 1.0,
+        "shared": shared,
+        "only_here": len(a) - shared,
+        "only_there": len(b) - shared,
+        "spearman": float("nan") if rank is None else float(rank.statistic),
+    }
+
+
+def _unjudged(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what `Circuit.stability` found, which holds of one choice of edges."""
+    return {name: value for name, value in meta.items() if name not in ("stability", "stable", "to_this", "resamples")}
