@@ -1,7 +1,7 @@
 """Attribution patching: what activation patching would find, to first order, from two forwards and one backward."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -161,14 +161,15 @@ class AttributionPatching(Analyzer):
             if count == 1:
                 raise NeedsError("method='atp*' drops other layers, and this model has one layer; use method='atp'")
             for layer in range(count):
-                if some := tuple(site for site in sites if site.layer is not None and site.layer < layer):
+                if some := _before(sites, layer):
                     grads[f"without {layer}"] = Grad(some, self.metric, base, given=_cut(layer))
         return Needs([Read(site, source) for site in (*sites, last)], grads)
 
     def observe(self, batch: Batch) -> Part:
         sites, kinds = self._sites(batch.model), self.exact._kinds
         chosen = None if self.positions == "each" else _chosen(batch.examples, self.positions)
-        cells = torch.stack([self._score(batch, site, chosen).cpu() for site in sites], 1)
+        metric = self._metric(batch)
+        cells = torch.stack([one.cpu() for one in self._estimates(batch, sites, chosen)], 1)
         names = ["layer"] if sites[0].layer is not None else ["site"]
         coords: dict[str, list[Any]] = {"layer": [site.layer for site in sites[: len(sites) // len(kinds)]]}
         if names == ["site"]:
@@ -185,7 +186,6 @@ class AttributionPatching(Analyzer):
             sets = any(isinstance(part, tuple) for part in parts)
             names.append("neuron" if self.heads is None else str(sites[0].spec.head_axis))
             coords[names[-1]] = ["+".join(map(str, _flat((part,)))) if sets else part for part in parts]
-        metric = self._metric(batch)
         base = metric[self.runs[0]] if self.signed else metric["corrupted"]
         # In doubles, so that the estimate is not rounded by the metric beside it.
         patched = base.reshape(-1, *[1] * (cells.ndim - 1)) + cells.double()
@@ -233,29 +233,38 @@ class AttributionPatching(Analyzer):
     def _source(self, batch: Batch, site: Site) -> Tensor:
         return (batch.clean if self.runs[1] == "clean" else batch.corrupted)[site]
 
-    def _score(self, batch: Batch, site: Site, chosen: Tensor | None) -> Tensor:
-        """The estimate of every cell at a site, ``example [position] [part]``."""
+    def _estimates(self, batch: Batch, sites: Sequence[Site], chosen: Tensor | None) -> list[Tensor]:
+        """The estimate of every cell, ``example [position] [part]``, at each site."""
+        base = batch.values["whole"]
         if self.method == "atp*" and self.signed:
-            rotated = Site(_rotated(site.kind), site.layer)
-            change = _wide(self._source(batch, rotated)) - _wide(batch.values["whole"][rotated])
-            if site.kind in QUERIES:
-                return self._cells(_of_queries(batch, rotated, change), batch, chosen)
-            return self._cells(_of_keys(batch, rotated, change, chosen), batch, None)
-        change = _wide(self._source(batch, site)) - _wide(batch.values["whole"][site])
+            return [self._through_pattern(batch, Site(_rotated(site.kind), site.layer), chosen) for site in sites]
+        changes = {site: _wide(self._source(batch, site)) - _wide(base[site]) for site in sites}
 
-        def estimate(name: str) -> Tensor:
-            product = change * _wide(batch.grads[name][site])
-            if self.neurons is None:
-                product = product.sum(-1, keepdim=KINDS[site.kind].head_axis is None)
-            return self._cells(product, batch, chosen)
+        def linear(name: str, some: Iterable[Site]) -> dict[Site, Tensor]:
+            gradients, out = batch.grads[name], dict[Site, Tensor]()
+            for site in some:
+                product = changes[site] * _wide(gradients[site])
+                if self.neurons is None:
+                    product = product.sum(-1, keepdim=site.spec.head_axis is None)
+                out[site] = self._cells(product, batch, chosen)
+            return out
 
+        whole, count = linear("whole", sites), batch.model.dims.n_layers
         if self.signed:
-            return estimate("whole")
-        assert site.layer is not None
-        total = site.layer * estimate("whole").abs()  # an earlier layer that is dropped changes nothing
-        for later in range(site.layer + 1, batch.model.dims.n_layers):
-            total = total + estimate(f"without {later}").abs()
-        return total / (batch.model.dims.n_layers - 1)
+            return list(whole.values())
+        # Each gradient is made when it is looked at, so one at a time. Dropping an earlier layer changes nothing.
+        total = {site: (site.layer or 0) * value.abs() for site, value in whole.items()}
+        for layer in range(count):
+            if some := _before(sites, layer):
+                for site, value in linear(f"without {layer}", some).items():
+                    total[site] = total[site] + value.abs()
+        return [value / (count - 1) for value in total.values()]
+
+    def _through_pattern(self, batch: Batch, site: Site, chosen: Tensor | None) -> Tensor:
+        change = _wide(self._source(batch, site)) - _wide(batch.values["whole"][site])
+        if site.kind in QUERIES:
+            return self._cells(_of_queries(batch, site, change), batch, chosen)
+        return self._cells(_of_keys(batch, site, change, chosen), batch, None)
 
     def _cells(self, values: Tensor, batch: Batch, chosen: Tensor | None) -> Tensor:
         """Sums of ``example position part`` over each cell; NaN where an example has none of its positions.
@@ -280,6 +289,11 @@ class AttributionPatching(Analyzer):
         how = f"({self.direction}{', AtP*' if self.method == 'atp*' else ''})"
         title = re.sub(r"^Activation(.*)\((denoise|noise)\)", rf"Attribution\1{how}", view.title)
         return replace(view, title=title, center=view.center if self.signed else None)
+
+
+def _before(sites: Sequence[Site], layer: int) -> tuple[Site, ...]:
+    """The sites whose gradient changes when a layer is dropped."""
+    return tuple(site for site in sites if site.layer is not None and site.layer < layer)
 
 
 @cache
