@@ -42,13 +42,14 @@ class AttributionPatching(Analyzer):
 
     With m the metric, ``estimate`` = Σ (source - base) · ∂m/∂site, the gradient taken in the base run, summed
     over the site's own axes in a cell: what writing the source run's value into the base run would change, were m
-    linear. ``effect`` is (base + estimate - corrupted) / (clean - corrupted), which is what
-    `ActivationPatching` calls effect; `exact` is the analyzer with the same cells, to compare with.
+    linear (Syed et al. 2023 use the same for edges). ``effect`` is (base + estimate - corrupted) / (clean -
+    corrupted), as in `ActivationPatching`; `exact` is the analyzer with the same cells, to compare with.
 
     It is an approximation, good for small parts (a head, a neuron, a late site). It fails where m is far from
-    linear on the way: for whole residual sites, above all early ones, which every later norm rescales; for q and k
-    of saturated attention, whose gradient vanishes though a write would move it; and where a direct
-    effect and one through later layers cancel. ``method="atp*"`` (AtP*, Kramár et al. 2024) mends the last two:
+    linear on the way: for whole residual sites (and the first MLP, which makes most of one), which every later norm
+    rescales; for q and k of saturated attention, whose gradient vanishes though a write would move it; and where
+    a direct effect and one through later layers cancel. ``method="atp*"`` (AtP*, Kramár et al. 2024) mends the
+    last two:
 
     - q and k (also normed, or rotated): the pattern is computed anew, exactly, with the queries, or keys,
       of the cell at the source's values and all else at the base's, and what follows is linear:
@@ -57,8 +58,8 @@ class AttributionPatching(Analyzer):
       residual stream (attn_out and mlp_out) held constant. The estimate of a cell in layer l is Σ_{ℓ≠l} |estimate
       without ℓ| / (L - 1), L backwards in all: dropping l itself leaves nothing, and dropping an earlier ℓ
       changes nothing. It is a size and has no sign: ``effect`` is estimate / |clean - corrupted|, 0 in either
-      direction where nothing is done, and p and q are NaN. The paper does both to q and k; here
-      they are not dropped, and keep their sign.
+      direction where nothing is done, and there is no p or q. The paper does both to q and k; here no layer is
+      dropped for them, and they keep their sign.
 
     Result: ``effect``, ``ci_low``, ``ci_high``, ``p``, ``q`` over the grid's axes and ``cell`` and ``token``, all as
     in `ActivationPatching`; ``estimate`` (with ``example``), ``clean``, ``corrupted`` as metrics.
@@ -390,8 +391,7 @@ def _flat(chosen: Chosen) -> list[int]:
 
 
 def _sized(data: xr.Dataset) -> xr.Dataset:
-    """The same effects as sizes: their sign is that of clean - corrupted, and nothing is tested."""
+    """The same effects as sizes: their sign is that of clean - corrupted; no size is below zero, to be tested."""
     low, high = np.abs(data["ci_low"]), np.abs(data["ci_high"])
     new = {"effect": np.abs(data["effect"]), "ci_low": np.minimum(low, high), "ci_high": np.maximum(low, high)}
-    new |= {name: xr.full_like(data[name], np.nan) for name in ("p", "q")}
-    return data.assign(new).assign_attrs(unit="estimate / |clean - corrupted|")
+    return data.drop_vars(["p", "q"]).assign(new).assign_attrs(unit="estimate / |clean - corrupted|")
