@@ -69,6 +69,8 @@ _NAMES = {
     "CausalTracing": "mechinterp.analyzers.tracing",
     "PathPatching": "mechinterp.analyzers.paths",
     "Ablation": "mechinterp.analyzers.ablation",
+    "EdgeAttribution": "mechinterp.analyzers.edges",
+    "Circuit": "mechinterp.studies.circuits",
 }
 _MODULES = ("errors", "sites", "studies", "tasks", "testing")
 
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.attribution import AttributionPatching as AttributionPatching
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
+    from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
@@ -184,6 +187,7 @@ if TYPE_CHECKING:
     from mechinterp.model.model import Model as Model
     from mechinterp.sites import Site as Site
     from mechinterp.sites import Sites as Sites
+    from mechinterp.studies.circuits import Circuit as Circuit
 
 
 def __getattr__(name: str) -> Any:

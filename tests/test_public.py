@@ -61,6 +61,8 @@ NAMES = [
     "CausalTracing",
     "PathPatching",
     "Ablation",
+    "EdgeAttribution",
+    "Circuit",
     "errors",
     "sites",
     "studies",

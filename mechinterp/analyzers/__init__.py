@@ -28,6 +28,7 @@ TABLE = {
         "attribution-patching": "attribution:AttributionPatching",
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
+        "edge-attribution": "edges:EdgeAttribution",
         "head-roles": "heads:HeadRoles",
         "logit-lens": "lens:LogitLens",
         "path-patching": "paths:PathPatching",

@@ -185,7 +185,7 @@ class PathPatching(Analyzer):
         arrived = {site: value.flatten(1, len(shape)) for site, value in paths.reads.items()}
         rows = tuple(
             tuple(
-                Replace(site, _as_written(value[:, row], site, batch.examples), of=batch.examples.rows)
+                Replace(site, as_written(value[:, row], site, batch.examples), of=batch.examples.rows)
                 for site, value in arrived.items()
             )
             for row in range(math.prod(shape))
@@ -211,7 +211,7 @@ class PathPatching(Analyzer):
                 yield View("lines", "effect", "layer", title=at, unit="effect", select=chosen)
 
 
-def _as_written(value: Tensor, site: Site, batch: TokenBatch) -> Tensor:
+def as_written(value: Tensor, site: Site, batch: TokenBatch) -> Tensor:
     """What was read at a site, as a write there sees it: a slice of all positions starts at the first real token."""
     if site.positions is not None or not batch.left_padded:
         return value

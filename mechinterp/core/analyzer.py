@@ -51,10 +51,13 @@ class Grad:
     between: tuple[tuple[Site | Sites | str, float], ...] = ()
     given: tuple[Intervention, ...] = ()
 
-    @property
-    def run(self) -> "Grad":
-        """The run alone: equal for all who can share its pass."""
-        return replace(self, sites=(), reads=())
+    def run(self, n_layers: int) -> "Grad":
+        """The run alone: equal for all who can share its pass.
+
+        Only with each other those whose gradients make layers take the explicit softmax, which moves numbers.
+        """
+        explicit = (s for s in resolve(self.sites, n_layers) if s.kind in ("scores", "pattern") or s.per_query_head)
+        return replace(self, sites=tuple(sorted(explicit, key=lambda s: s.order)), reads=())
 
 
 @dataclass(frozen=True)

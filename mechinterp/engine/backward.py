@@ -1,21 +1,28 @@
-"""The backward verb: gradients of a metric at any sites, one backward per distinct metric."""
+"""The backward verb: gradients of a metric at any sites, one backward per distinct metric and run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mechinterp.core.interventions import Intervention
+from mechinterp.core.analyzer import Grad
+from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.core.trace import Read
+from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.engine.forward import FINAL_NORM, Passed, call, fired
 from mechinterp.errors import NeedsError
 from mechinterp.model.hooks import Attached
 from mechinterp.model.model import Model
-from mechinterp.model.slices import PATTERN_KINDS, select
-from mechinterp.sites import Site
+from mechinterp.model.slices import PATTERN_KINDS, real, select
+from mechinterp.sites import Site, resolve
+
+KEPT = 1 << 29
+"""Bytes of gradients that one analyzer alone wants, and that are kept while it looks at others."""
+Made = tuple[Mapping[Read, Tensor], Mapping[Read, Tensor]]
+"""Gradients, and values of the same pass."""
 
 
 def backward(
@@ -75,3 +82,108 @@ def backward(
         part = select(grad, site, batch.where(site.positions))
         out[Read(site)] = part.transpose(1, 2) if site.kind in PATTERN_KINDS and part.ndim == 4 else part
     return out, values
+
+
+class Differentiated:
+    """The runs of one batch whose gradients are wanted, each made when somebody first looks.
+
+    A run that several analyzers share is kept for all of them; the oldest of the others are let go where all
+    together take more than `KEPT` bytes, so that a hundred gradients along a path take the memory of a few.
+
+    Args:
+        wanted: every run: at which sites, and what is read of it.
+        users: for every run, how many analyzers want it.
+        passed: the unedited runs, by name.
+        tick: told of every pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batch: TokenBatch,
+        wanted: Mapping[Grad, tuple[Sequence[Site], Sequence[Read]]],
+        users: Mapping[Grad, int],
+        passed: Mapping[str, Passed],
+        tick: Callable[[], None],
+    ) -> None:
+        self.model, self.batch, self.wanted, self.users = model, batch, wanted, users
+        self.passed, self.tick = passed, tick
+        self._kept: dict[Grad, Made] = {}
+        self._versions: dict[Grad, list[tuple[str, Tensor, int]]] = {}
+
+    def get(self, run: Grad) -> Made:
+        """Gradients and values of one run.
+
+        Raises:
+            NeedsError: the metric does not depend on a site, or what was given before was changed in place.
+        """
+        if run not in self._kept:
+            self.check()
+            self._let_go()
+            at, beside = self.wanted[run]
+            clean = self.passed.get("clean") if run.metric.compares else None
+            writes = [*self._mix(run), *run.given]
+            own = self.batch.run(run.of)
+            made = backward(self.model, own, at, run.metric, clean, reads=beside, writes=writes)
+            self._kept[run] = made
+            self._versions[run] = [(str(r.site), t, t._version) for some in made for r, t in some.items()]
+            self.tick()
+        return self._kept[run]
+
+    def _let_go(self) -> None:
+        def size(run: Grad) -> int:
+            return sum(tensor.nbytes for _, tensor, _ in self._versions[run])
+
+        total = sum(map(size, self._kept))
+        for run in [run for run in self._kept if self.users[run] == 1]:
+            if total > KEPT:
+                total -= size(run)
+                del self._kept[run], self._versions[run]
+
+    def check(self) -> None:
+        """Raise where something was changed in place since it was made."""
+        for name, tensor, version in (each for some in self._versions.values() for each in some):
+            if tensor._version != version:
+                raise NeedsError(
+                    f"what a gradient gave at {name} was changed in place, which others read; clone it first"
+                )
+
+    def _mix(self, run: Grad) -> list[Intervention]:
+        """What puts a run between the two of a pair."""
+        other: Run = "corrupted" if run.of == "clean" else "clean"
+        out: list[Intervention] = []
+        for where, share in run.between:
+            for site in (each.whole for each in resolve(where, self.model.dims.n_layers)):
+                own, others = (self.passed[name].values[Read(site, name)] for name in (run.of, other))
+                between = torch.lerp(others, own, share)
+                if self.batch.left_padded:  # a write of all positions starts at the first real token
+                    between = select(between, site, real(self.batch))
+                out.append(Apply(site, partial(_put, between)))
+        return out
+
+
+def _put(new: Tensor, old: Tensor) -> Tensor:
+    return new
+
+
+class Gradients(Mapping[str, Trace]):
+    """`Batch.grads`, or `Batch.values`, of one analyzer: each is made when it is looked at."""
+
+    def __init__(self, runs: Differentiated, wanted: Mapping[str, Grad], owner: str, values: bool) -> None:
+        self._runs, self._wanted, self._owner, self._values = runs, wanted, owner, values
+
+    def __getitem__(self, name: str) -> Trace:
+        one = self._wanted[name]
+        layers, batch = self._runs.model.dims.n_layers, self._runs.batch.run(one.of)
+        grads, values = self._runs.get(one.run(layers))
+        if self._values:
+            reads = [Read(site, one.of) for site in resolve(one.reads, layers)]
+            return Trace({read: values[read] for read in reads}, batch, f"{self._owner}, values of {name}")
+        at = [Read(site) for site in resolve(one.sites, layers)]
+        return Trace({read: grads[read] for read in at}, batch, f"{self._owner}, gradients {name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)

@@ -69,7 +69,7 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
     twins = any(site.kind in ("embed", "resid_post") for site in (*written, *held, *sweep.reads))
     if any(site.kind == "resid_pre" for site in given) and twins:
         return "what is given is written after the row's own site, to the same tensor"
-    return _mixes(sweep, grid, spans) or _watched(model)
+    return _mixes(sweep, grid, spans) or watched(model)
 
 
 def _mixes(sweep: Sweep, grid: Grid, spans: Collection[str]) -> str | None:
@@ -89,7 +89,7 @@ def _mixes(sweep: Sweep, grid: Grid, spans: Collection[str]) -> str | None:
     return None
 
 
-def _watched(model: Model) -> str | None:
+def watched(model: Model) -> str | None:
     """Whether somebody must see every row in a pass of its own."""
     if str(model.hf.config._attn_implementation).startswith(PREFIX):
         return "an intervention in force around it must see every row"

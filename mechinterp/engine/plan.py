@@ -96,7 +96,7 @@ def compile_round(
                     check(read.site, model.arch, model.dims)
                     own.setdefault(one.examples, {})[read] = None
             for grad in need.grads.values():
-                at, beside = grads.setdefault(grad.run, ({}, {}))
+                at, beside = grads.setdefault(grad.run(layers), ({}, {}))
                 for site in resolve(grad.sites, layers):
                     check(site, model.arch, model.dims)
                     at[site] = None
@@ -274,7 +274,9 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
                 PlannedPass("forward", run, users, len(tokens), len(batches), depth, len(reads), 1, total * depth, held)
             )
         for run, (sites, beside) in work.grads.items():
-            users = _users(work, lambda need, _, run=run: run in {g.run for g in need.grads.values()})
+            users = _users(
+                work, lambda need, _, run=run: run in {g.run(model.dims.n_layers) for g in need.grads.values()}
+            )
             held = sum(_bytes(model, r, widest, longest, len(batches[-1])) for r in [*map(Read, sites), *beside])
             n, count = model.dims.n_layers, len(sites) + len(beside)
             if run.of == "corrupted" and tokens.corrupted is None:

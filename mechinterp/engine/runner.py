@@ -13,14 +13,12 @@ from typing import Any, Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor
 
-from mechinterp.core.analyzer import Analyzer, Batch, Context, Grad, Own, Sweep, Swept, as_reads
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Own, Sweep, Swept, as_reads
 from mechinterp.core.examples import Examples
-from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.result import Part, Result
 from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read, Trace
-from mechinterp.core.trace import Run as RunName
-from mechinterp.engine.backward import backward
+from mechinterp.engine.backward import Differentiated, Gradients
 from mechinterp.engine.forward import Passed, forward, out_of_memory
 from mechinterp.engine.packed import BUDGET, sweep_packed, why_full
 from mechinterp.engine.plan import Plan, Round, compile_round, default_batch_size, describe
@@ -300,15 +298,9 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         state.tick("forward")
     nothing = Passed({}, {}, {})
     clean = passed.get("clean", nothing)
-    grads: dict[Grad, Mapping[Read, Tensor]] = {}
-    values: dict[Grad, Mapping[Read, Tensor]] = {}
-    for one, (at, beside) in work.grads.items():
-        writes = [*_mix(one, passed, model), *one.given]
-        reference = clean if one.metric.compares else None
-        grads[one], values[one] = backward(
-            model, batch.run(one.of), at, one.metric, reference, reads=beside, writes=writes
-        )
-        state.tick("backward")
+    n = model.dims.n_layers
+    users = Counter(run for need in work.needs for run in {grad.run(n) for grad in need.grads.values()})
+    differentiated = Differentiated(model, batch, work.grads, users, passed, partial(state.tick, "backward"))
 
     def tick_rows(n: int) -> None:
         """Whole passes, each with the row of every example."""
@@ -347,7 +339,7 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
 
     swept = {one: sweep(one) for one in work.sweeps}
     everything = {r: t for p in passed.values() for r, t in p.values.items()}
-    shared = _shared(everything, own, [*grads.values(), *values.values()], swept, batch)
+    shared = _shared(everything, own, swept, batch)
     parts: list[Part | None] = []
     for index, (analyzer, need) in enumerate(zip(work.analyzers, work.needs, strict=True)):
         if not work.observes(index):
@@ -367,43 +359,14 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
             clean=seen("clean"),
             corrupted=seen("corrupted"),
             own=own[index],
-            grads={
-                name: Trace(
-                    {Read(s): grads[g.run][Read(s)] for s in resolve(g.sites, model.dims.n_layers)},
-                    batch,
-                    f"{analyzer.name}, gradients {name}",
-                )
-                for name, g in need.grads.items()
-            },
-            values={
-                name: Trace(
-                    {Read(s, g.of): values[g.run][Read(s, g.of)] for s in resolve(g.reads, model.dims.n_layers)},
-                    batch.run(g.of),
-                    f"{analyzer.name}, values of {name}",
-                )
-                for name, g in need.grads.items()
-            },
+            grads=Gradients(differentiated, need.grads, analyzer.name, values=False),
+            values=Gradients(differentiated, need.grads, analyzer.name, values=True),
             sweeps={name: swept[one] for name, one in need.sweeps.items()},
             rerun=rerun,
         )
         whole = any(r.site.positions is None for r in mine) or bool(need.grads)
-        parts.append(_observe(analyzer, view, shared, _layers(work, index, model), whole))
+        parts.append(_observe(analyzer, view, shared, differentiated, _layers(work, index, model), whole))
     return parts
-
-
-def _mix(grad: Grad, passed: Mapping[str, Passed], model: Model) -> list[Intervention]:
-    """What puts a run between the two of a pair."""
-    other: RunName = "corrupted" if grad.of == "clean" else "clean"
-    out: list[Intervention] = []
-    for where, share in grad.between:
-        for site in (each.whole for each in resolve(where, model.dims.n_layers)):
-            own, others = (passed[run].values[Read(site, run)] for run in (grad.of, other))
-            out.append(Apply(site, partial(_set, torch.lerp(others, own, share))))
-    return out
-
-
-def _set(new: Tensor, old: Tensor) -> Tensor:
-    return new
 
 
 def _layers(work: Round, index: int, model: Model) -> list[list[int]]:
@@ -422,7 +385,6 @@ def _layers(work: Round, index: int, model: Model) -> list[list[int]]:
 def _shared(
     everything: Mapping[Read, Tensor],
     own: Sequence[Mapping[str, Trace]],
-    grads: Sequence[Mapping[Read, Tensor]],
     swept: Mapping[Sweep, Swept],
     batch: TokenBatch,
 ) -> list[tuple[str, Tensor]]:
@@ -430,7 +392,6 @@ def _shared(
     out = [(str(read.site), tensor) for read, tensor in everything.items()]
     for traces in own:
         out += [(f"{read.site} of {name}", trace[read]) for name, trace in traces.items() for read in trace.reads]
-    out += [(f"what a gradient gave at {read.site}", t) for some in grads for read, t in some.items()]
     for one in swept.values():
         tensors = [one.values, one.base, one.source, *one.reads.values()]
         out += [("a sweep", t) for t in tensors if t is not None]
@@ -439,11 +400,17 @@ def _shared(
 
 @torch.no_grad()
 def _observe(
-    analyzer: Analyzer, batch: Batch, shared: list[tuple[str, Tensor]], layers: list[list[int]], whole: bool
+    analyzer: Analyzer,
+    batch: Batch,
+    shared: list[tuple[str, Tensor]],
+    differentiated: Differentiated,
+    layers: list[list[int]],
+    whole: bool,
 ) -> Part:
     versions = [t._version for _, t in shared]
     try:
         part: Any = analyzer.observe(batch)
+        differentiated.check()
     except MechinterpError as error:
         error.args = (f"{analyzer.name}: {error}",)
         raise

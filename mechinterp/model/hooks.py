@@ -255,13 +255,14 @@ class Attached:
         def capture(state: Pass, value: Tensor) -> Tensor:
             if not value.requires_grad:
                 value = value.requires_grad_() if value.is_leaf else value
+            if site.per_query_head:  # a new tensor, or the model would go on with the group's own
+                value = value.clone()
             self.captured[site] = value
             return value
 
         if place.end == "attention":
-            layer = self._layer(work, site)
-            layer.edits[site.kind].append(capture)
-            layer.differentiated |= site.kind in PATTERN_KINDS
+            self._inside(site, capture, outs, work)
+            self._layer(work, site).differentiated |= site.kind in PATTERN_KINDS
         else:
             (ins if place.end == "in" else outs)[place.path].append(capture)
 
@@ -345,8 +346,6 @@ def _check_grad(site: Site) -> None:
     """Raise where a gradient is another site's, or a metric's own."""
     if site.kind == "head_out":
         raise SiteError(f"the gradient at {site} is that of attn_out.{site.layer}; ask for it there")
-    if site.per_query_head:
-        raise SiteError(f"the gradient at {site} is that of its kv head; ask for it without per_query_head")
     if site.kind == "logits":
         raise SiteError("the gradient at logits is the metric's own; ask for it at final_norm")
 

@@ -72,6 +72,17 @@ class WeightsByHead:
         """Bias of the output projection, which belongs to no head; None in most families."""
         return linear_bias(self._projection(layer, "o"))
 
+    def projection(
+        self, kind: str, layer: int, *, per_query_head: bool = False
+    ) -> tuple[Float[Tensor, "heads d_model d_head"], Float[Tensor, "heads d_head"] | None]:
+        """Weight and bias of ``"q"``, ``"k"`` or ``"v"``, by head; keys and values as `W_K` and `W_V`."""
+        if kind == "q":
+            return self.W_Q(layer), self.b_Q(layer)
+        bias = self._bias_by_head(layer, kind, self.dims.n_kv_heads)
+        repeat = self.dims.n_heads // self.dims.n_kv_heads if per_query_head else 1
+        weight = self._read_by_kv(layer, kind, per_query_head)
+        return weight, bias if bias is None or repeat == 1 else bias.repeat_interleave(repeat, 0)
+
     def OV(self, layer: int) -> FactoredMatrix:
         """W_V W_O of each query head, ``head d_model d_model``: what a head writes, of what it attends to.
 

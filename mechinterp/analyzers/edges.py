@@ -1,0 +1,336 @@
+"""Edge attribution: which connections between heads, MLPs, embedding and logits carry a behaviour."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+
+from mechinterp.analyzers.paths import as_written
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Grad, Model, Needs, Sweep
+from mechinterp.core.graph import Graph
+from mechinterp.core.interventions import Replace
+from mechinterp.core.metrics import Metric, logit_diff
+from mechinterp.core.result import Part, Result, View
+from mechinterp.core.statistics import summarize
+from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.trace import Read, Run, Trace
+from mechinterp.errors import NeedsError
+from mechinterp.model.slices import select
+from mechinterp.sites import Site
+
+METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "exact")
+ROWS = 256
+"""Exact patches that one sweep makes."""
+
+Senders = Float[Tensor, "sender example pos d_model"]
+Receivers = Float[Tensor, "receiver example pos d_model"]
+Edges = Float[Tensor, "edge"] | Float[Tensor, "example edge"]
+
+
+@dataclass(frozen=True)
+class EdgeAttribution(Analyzer):
+    """Score every edge of the model: what the metric loses when the edge alone carries the corrupted value.
+
+    An edge u → v is what node u writes and receiver v reads (`mechinterp.core.graph`). Its ``score`` is the mean
+    over examples of Σ_pos (clean_u - corrupted_u) · ∂metric/∂(input of v), the input taken before the norm of v,
+    so a positive edge helps the behaviour. All in fp32. Methods:
+
+    - ``"eap"`` (Syed et al. 2023): the gradient of the clean run. One forward, one backward. First order: it
+      errs where attention is saturated, or a norm's input changes much, and may give large edges the wrong sign.
+    - ``"eap-ig-inputs"`` (Hanna et al. 2024): gradients averaged over runs whose embeddings are corrupted + (k/n)
+      (clean - corrupted), k = 0 ... n-1, each pulled back through its own run's norms.
+    - ``"eap-ig-activations"``: the same along each sender's own path: embedding, heads of a layer, or MLP at
+      corrupted + (k/n)(clean - corrupted), k = 1 ... n, and everything before it clean; only that sender's
+      edges take these gradients. (2 × layers + 1) × n backwards.
+    - ``"exact"``: the clean run with the edge's corrupted value, for every edge: what the others estimate. One
+      counterfactual for each edge, so for small models.
+
+    Result: ``score`` by ``edge``, with ``sender`` and ``receiver``; where `intervals`, ``ci_low``, ``ci_high``
+    (bootstrap over examples), ``p`` (sign flips, NaN below six examples) and ``q``, and every example's ``scores``.
+
+    Attributes:
+        metric: higher is the behaviour. With `kl` the gradient of the clean run is zero, and "eap" with it.
+        steps: n.
+        ungrouped: keys and values get an edge for each query head, as TransformerLens and MIB count, rather than
+            for each key/value head.
+        intervals: keep scores of every example, ``example edge``.
+    Raises:
+        NeedsError: an unknown method, or fewer than one step.
+    """
+
+    method: Literal["eap", "eap-ig-inputs", "eap-ig-activations", "exact"] = "eap-ig-inputs"
+    metric: Metric = field(default_factory=logit_diff)
+    steps: int = 5
+    ungrouped: bool = False
+    intervals: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            known = ", ".join(map(repr, METHODS))
+            raise NeedsError(f"The method of EdgeAttribution must be one of {known}. Got {self.method!r}")
+        if self.steps < 1:
+            raise NeedsError(f"The steps of EdgeAttribution must be at least 1. Got {self.steps}")
+
+    def needs(self, model: Model) -> Needs:
+        n = model.dims.n_layers
+        senders = (Site("embed"), *(Site(kind, i) for i in range(n) for kind in ("z", "mlp_out")))
+        corrupted = [Read(site, "corrupted") for site in senders]
+        if self.method == "eap":  # the run that is differentiated gives its own values
+            grad = Grad(self._receivers(n), self.metric, reads=(*senders, *_inputs(n)))
+            return Needs(reads=corrupted, grads={"clean": grad})
+        both = [*(Read(site) for site in senders), *corrupted]
+        if self.method == "exact":
+            return Needs(reads=[*both, *(Read(site) for site in _inputs(n))])
+        grads: dict[str, Grad] = {}
+        for name, layer, (at, shares) in self._paths(n):
+            for k, share in enumerate(shares):
+                grads[f"{name} {k}"] = Grad(
+                    self._receivers(n, layer), self.metric, reads=_inputs(n, layer), between=((at, share),)
+                )
+        return Needs(reads=both, grads=grads)
+
+    def observe(self, batch: Batch) -> Part:
+        graph = Graph.of(batch.model, self.ungrouped)
+        mask = batch.examples.mask
+        values = batch.values["clean"] if self.method == "eap" else batch.clean
+        changed = _changed(batch.model, graph, values, batch.corrupted, mask)
+        if self.method == "exact":
+            scores = self._exact(batch, graph, changed)
+        elif self.method == "eap":
+            read = _pull_back(batch.model, graph, batch.grads["clean"], batch.values["clean"])
+            scores = self._product(graph, changed, read, self.intervals)
+        elif self.method == "eap-ig-inputs":
+            scores = self._product(graph, changed, self._averaged(batch, graph, "inputs", ("q", 0)), self.intervals)
+        else:
+            scores = self._along_activations(batch, graph, changed)
+        if self.intervals:
+            return Part({"scores": (scores, "example edge")})
+        return Part({"total": (scores, "edge"), "count": (torch.tensor(len(batch.examples)), "")})
+
+    def combine(self, parts: Iterator[Part], context: Context) -> Result:
+        graph = Graph.of(context.model, self.ungrouped)
+        coords = _named(graph)
+        if self.intervals:
+            data = Result.of(parts, unit="metric").data.drop_vars("edge")
+            new = summarize(data["scores"].values, context.seed)
+            columns = {"score": new.mean, **{name: getattr(new, name) for name in ("ci_low", "ci_high", "p", "q")}}
+            data = data.assign({name: ("edge", value) for name, value in columns.items()})[[*columns, "scores"]]
+        else:
+            total, count = torch.zeros(len(graph), dtype=torch.float64), 0
+            for part in parts:
+                total += part.values["total"][0].double()
+                count += int(part.values["count"][0])
+            data = xr.Dataset({"score": ("edge", (total / count).numpy())})
+        data = data.assign_coords(coords)
+        sizes = {"n_layers": graph.n_layers, "n_heads": graph.n_heads, "n_kv_heads": graph.n_kv_heads}
+        data.attrs = {"unit": "metric", **sizes, "ungrouped": int(self.ungrouped)}
+        title = f"Largest edges ({self.method}): what the metric loses without them"
+        return Result(data, {}, (View("bars", "score", "edge", title=title, unit=str(type(self.metric).__name__)),))
+
+    def _receivers(self, n: int, after: tuple[str, int] = ("q", 0)) -> tuple[Site, ...]:
+        """Where gradients are wanted, from a kind of receiver of a layer on."""
+        kind, first = after
+        layers = range(first + (kind == "mlp"), n)
+        qkv = [Site("q", i) for i in layers]
+        qkv += [Site(name, i, per_query_head=self.ungrouped) for name in ("k", "v") for i in layers]
+        return (*qkv, *(Site("mlp_in", i) for i in range(min(first, n), n)), Site("final_norm"))
+
+    def _paths(self, n: int) -> Iterator[tuple[str, tuple[str, int], tuple[Site, list[float]]]]:
+        """(name, the first receiver that is reached, (sender, shares)) of every path that is integrated along."""
+        inputs = [k / self.steps for k in range(self.steps)]
+        if self.method == "eap-ig-inputs":
+            yield "inputs", ("q", 0), (Site("embed"), inputs)
+            return
+        own = [k / self.steps for k in range(1, self.steps + 1)]
+        yield "embed", ("q", 0), (Site("embed"), own)
+        for i in range(n):
+            yield f"a{i}", ("mlp", i), (Site("z", i), own)
+            yield f"m{i}", ("q", i + 1), (Site("mlp_out", i), own)
+
+    def _averaged(
+        self, batch: Batch, graph: Graph, name: str, after: tuple[str, int]
+    ) -> Iterator[tuple[tuple[str, int], Receivers]]:
+        """Gradients at receivers' inputs, averaged over the steps of a path."""
+        total: dict[tuple[str, int], Tensor] = {}
+        for k in range(self.steps):
+            grads, values = batch.grads[f"{name} {k}"], batch.values[f"{name} {k}"]
+            for place, read in _pull_back(batch.model, graph, grads, values, after):
+                total[place] = (
+                    read / self.steps if place not in total else total[place].add_(read, alpha=1 / self.steps)
+                )
+        yield from total.items()
+
+    def _product(
+        self,
+        graph: Graph,
+        changed: Senders,
+        read: Iterator[tuple[tuple[str, int], Receivers]],
+        each: bool,
+        out: Tensor | None = None,
+        among: slice = slice(0, None),
+    ) -> Edges:
+        """Scores of edges, added up over examples or, where `each`, for every example.
+
+        Args:
+            out: where scores are put; new zeros by default.
+            among: only of these senders.
+        """
+        examples = changed.shape[1]
+        out = changed.new_zeros(*([examples] if each else []), len(graph)) if out is None else out
+        for (kind, layer), gradient in read:
+            place, (count, reach) = graph.into(kind, layer)
+            senders = changed[:reach][among]
+            if each:
+                some = torch.bmm(gradient.transpose(0, 1).flatten(2), senders.transpose(0, 1).flatten(2).mT)
+            else:
+                some = gradient.flatten(1) @ senders.flatten(1).T
+            block = out[..., place].view(*out.shape[:-1], count, reach)
+            block[..., among] = some
+        return out
+
+    def _along_activations(self, batch: Batch, graph: Graph, changed: Senders) -> Edges:
+        out = changed.new_zeros(*([changed.shape[1]] if self.intervals else []), len(graph))
+        width = graph.n_heads + 1
+        for name, after, _ in self._paths(graph.n_layers):
+            layer = 0 if name == "embed" else int(name[1:])
+            first = 0 if name == "embed" else 1 + layer * width + (graph.n_heads if name[0] == "m" else 0)
+            among = slice(first, first + (graph.n_heads if name[0] == "a" else 1))
+            self._product(graph, changed, self._averaged(batch, graph, name, after), self.intervals, out, among)
+        return out
+
+    def _exact(self, batch: Batch, graph: Graph, changed: Senders) -> Edges:
+        """Every edge patched by itself: rows of sweeps that write what its receiver makes of its input."""
+        out = changed.new_zeros(changed.shape[1], len(graph))
+        sender, receiver = graph.ends
+        last = Site("resid_post", graph.n_layers - 1)
+        place, _ = graph.into("logits")
+        final = batch.clean[last]
+        scores = torch.stack([_score(batch, self.metric, final - c.to(final), final) for c in changed])
+        out[:, place] = (_score(batch, self.metric, final, final) - scores).T.float()
+        for begin in range(0, place.start, ROWS):
+            edges = range(begin, min(begin + ROWS, place.start))
+            rows = tuple((self._patch(batch, changed[sender[e]], graph.receivers[receiver[e]]),) for e in edges)
+            swept = batch.rerun(Sweep(self.metric, rows=rows, base="clean"))
+            assert swept.values is not None and swept.base is not None
+            out[:, begin : edges.stop] = swept.base[:, None] - swept.values
+        return out if self.intervals else out.sum(0)
+
+    def _patch(self, batch: Batch, changed: Tensor, receiver: str) -> Replace:
+        """What a receiver makes of its clean input less what one sender has changed, as a write there."""
+        model, examples = batch.model, batch.examples
+        if receiver.startswith("m"):
+            layer, site, clean = int(receiver[1:]), Site("mlp_in", int(receiver[1:])), "resid_mid"
+            norm = _norm(model, f"{model.arch.layer(layer)}.post_attention_layernorm")
+        else:
+            stem, kind = receiver[:-1].split("<")
+            layer, head = (int(part.strip("akvh")) for part in stem.split("."))
+            split = self.ungrouped and kind != "q"
+            site, clean = Site(kind, layer, heads=head, per_query_head=split), "resid_pre"
+            norm = _norm(model, f"{model.arch.layer(layer)}.input_layernorm")
+        resid = batch.clean[Site(clean, layer)]
+        value = norm.forward(resid - changed.to(resid))
+        if clean == "resid_pre":
+            weight, bias = model.projection(site.kind, layer, per_query_head=site.per_query_head)
+            value = value @ weight[site.heads] + (0 if bias is None else bias[site.heads])
+        return Replace(site, as_written(value, site, examples), of=examples.rows)
+
+
+def _inputs(n: int, after: tuple[str, int] = ("q", 0)) -> tuple[Site, ...]:
+    """What receivers read, before its norm, from a kind of receiver of a layer on."""
+    kind, first = after
+    pre = [Site("resid_pre", i) for i in range(first + (kind == "mlp"), n)]
+    return (*pre, *(Site("resid_mid", i) for i in range(min(first, n), n)), Site("resid_post", n - 1))
+
+
+def _named(graph: Graph) -> dict[str, Any]:
+    """Coordinates of the edges."""
+    sender, receiver = graph.ends
+    senders, receivers = np.array(graph.senders)[sender], np.array(graph.receivers)[receiver]
+    names = [f"{u} → {v}" for u, v in zip(senders, receivers, strict=True)]
+    return {"edge": ("edge", names), "sender": ("edge", senders), "receiver": ("edge", receivers)}
+
+
+def _changed(model: Model, graph: Graph, clean: Trace, corrupted: Trace, mask: Tensor) -> Senders:
+    """What every node writes in the clean run less in the corrupted one; zero at padding."""
+    heads, padding = graph.n_heads, ~mask[:, :, None]
+    first = clean[Site("embed")]
+    out = torch.empty(len(graph.senders), *first.shape, device=first.device, dtype=torch.float32)
+
+    def difference(site: Site) -> Tensor:
+        return clean[site].float() - corrupted[Read(site, "corrupted")].float()
+
+    out[0] = difference(Site("embed"))
+    for i in range(graph.n_layers):
+        at = 1 + i * (heads + 1)
+        z = difference(Site("z", i)).flatten(0, 1).transpose(0, 1)
+        torch.bmm(z, model.W_O(i).float(), out=out[at : at + heads].view(heads, -1, out.shape[-1]))
+        out[at + heads] = difference(Site("mlp_out", i))
+    return out if bool(mask.all()) else out.masked_fill_(padding, 0.0)
+
+
+def _pull_back(
+    model: Model, graph: Graph, grads: Trace, values: Trace, after: tuple[str, int] = ("q", 0)
+) -> Iterator[tuple[tuple[str, int], Receivers]]:
+    """(kind, layer) and the gradient at the input of each of its receivers, before the norm."""
+    kind, first = after
+    of: Run = "clean"
+    for i in range(min(first, graph.n_layers), graph.n_layers):
+        base = model.arch.layer(i)
+        if (kind, first) != ("mlp", i):
+            norm, resid = _norm(model, f"{base}.input_layernorm"), values[Read(Site("resid_pre", i), of)].float()
+            for name in "qkv":
+                split = graph.ungrouped and name != "q"
+                gradient = grads[Site(name, i, per_query_head=split)].float()
+                yield (
+                    (name, i),
+                    _through_projection(
+                        gradient, model.projection(name, i, per_query_head=split)[0].float(), norm, resid
+                    ),
+                )
+        norm, resid = _norm(model, f"{base}.post_attention_layernorm"), values[Read(Site("resid_mid", i), of)].float()
+        yield ("mlp", i), _through_norm(grads[Site("mlp_in", i)].float(), norm, resid)[None]
+    resid = values[Read(Site("resid_post", graph.n_layers - 1), of)].float()
+    norm = _norm(model, f"{model.arch.base}.{model.arch.norm}")
+    yield ("logits", 0), _through_norm(grads[Site("final_norm")].float(), norm, resid)[None]
+
+
+def _through_norm(gradient: Tensor, norm: Any, resid: Tensor) -> Float[Tensor, "example pos d_model"]:
+    """The transposed Jacobian of an RMSNorm: γg/rms - x (x · γg) / (d rms³)."""
+    rms = (resid.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    into = gradient * norm.weight.float() * rms
+    return into.addcmul_(resid, (resid * into).mean(-1, keepdim=True) * rms.square(), value=-1)
+
+
+def _through_projection(
+    gradient: Float[Tensor, "example pos head d_head"],
+    weight: Float[Tensor, "head d_model d_head"],
+    norm: Any,
+    resid: Float[Tensor, "example pos d_model"],
+) -> Receivers:
+    """The same, after the transpose of each head's projection; only the result is as wide as heads × d_model."""
+    rms = (resid.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    read = weight * norm.weight.float()[:, None]  # the norm's γ belongs to the projection
+    by = (gradient * rms[..., None]).flatten(0, 1).transpose(0, 1)  # head token d_head
+    flat = resid.flatten(0, 1)
+    along = ((flat @ read) * by).sum(-1, keepdim=True) * (rms.square().flatten(0, 1) / flat.shape[-1])
+    return (by @ read.mT).addcmul_(flat, along, value=-1).unflatten(1, resid.shape[:2])
+
+
+def _norm(model: Model, path: str) -> Any:
+    return model.hf.get_submodule(path)
+
+
+def _score(batch: Batch, metric: Metric, resid: Tensor, clean: Tensor) -> Tensor:
+    """The metric where a final residual stream is this."""
+    examples: TokenBatch = batch.examples
+    rows, where = metric.rows(examples), examples.where(metric.positions)
+
+    def logits(value: Tensor) -> Tensor:
+        return batch.model.unembed(batch.model.norm(select(value, Site("resid_post", 0), where)), rows)
+
+    return metric.score(logits(resid), examples, rows, logits(clean) if metric.compares else None)
