@@ -2,34 +2,28 @@
 
 import html
 import json
+import math
 import re
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 import plotly.graph_objects as go
 
-from mechinterp.core.display import count
-from mechinterp.core.graph import Graph
+from mechinterp.core.graph import Graph, Ints
 from mechinterp.errors import NeedsError, OutputError
 from mechinterp.report.figures import FONT, PALETTE
 from mechinterp.report.files import decode, encode
+from mechinterp.studies.circuits import SIZES, Circuit, Floats, Mask
 
-if TYPE_CHECKING:
-    from mechinterp.studies.circuits import Circuit
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 Link = tuple[int, str, str, str]
 
 POSITIVE, NEGATIVE, UNSCORED = PALETTE[0], PALETTE[1], "#999999"
-DASH = {"k": "dash", "v": "dot"}
+DASH = {"k": "9px,5px", "v": "2px,4px"}
 PORT = {"q": 6.0, "k": 0.0, "v": -6.0}
 """Where an edge enters a head: queries above, values below."""
 LOOKS = {"head": ("#d7efe6", PALETTE[2]), "MLP": ("#f6e3ee", PALETTE[3]), "embedding, logits": ("#ececec", "#8a8a8a")}
@@ -38,12 +32,13 @@ STEP = 15
 """Pixels from one place in a column to the next; nodes are two or more apart."""
 TALL = 20
 """Height of a node."""
-WIDEST = 6.0
+THINNEST, WIDEST = 1.0, 6.0
+MOST_WORK = 10_000_000
+"""Comparisons of two edges after which a layout is taken as it is."""
 FORMAT = "mechinterp-circuit-1"
-SIZES = ("n_layers", "n_heads", "n_kv_heads")
 
 
-def circuit_figure(circuit: "Circuit", max_edges: int = 60) -> go.Figure:
+def circuit_figure(circuit: Circuit, max_edges: int = 60) -> go.Figure:
     """Layers from left to right; the strongest edges on top."""
     if max_edges < 1:
         raise NeedsError(f"The max_edges of Circuit.figure must be at least 1. Got {max_edges}")
@@ -60,8 +55,14 @@ def circuit_figure(circuit: "Circuit", max_edges: int = 60) -> go.Figure:
     _columns(figure, place)
     _legend(figure, circuit, drawn, place)
     caption = f"{circuit.caption}. "
-    caption += f"Drawn: the {count(max_edges, 'edge')} with the largest scores. " if len(circuit) > max_edges else ""
-    caption += f"Width: size of the score, up to {most:.3g}." if most else "" if drawn else "Nothing to draw."
+    caption += f"Drawn: the strongest {max_edges:,} of {len(circuit):,} edges. " if len(circuit) > max_edges else ""
+    caption += (
+        f"Edges lead to the right, as wide as their scores (up to {most:.3g})."
+        if most
+        else ""
+        if drawn
+        else "Nothing to draw."
+    )
     width = max(640, int(place.width) + 40)
     lines = [html.escape(line, quote=False) for line in textwrap.wrap(caption, width // 7)]
     top = 62 + 16 * len(lines)
@@ -113,12 +114,15 @@ class _Layout:
         self.wide = 6.2 * max([5, *map(len, self.names)]) + 8
         keys = [_rank(name)[:2] for name in self.names]
         columns = sorted(set(keys))
-        gap = float(np.clip((1000 - 40 - self.wide) / max(1, len(columns) - 1), 34, self.wide + 34))
-        at = {key: self.wide / 2 + 14 + i * gap for i, key in enumerate(columns)}
+        self.gap = float(
+            np.clip((1000 - 40 - self.wide) / max(1, len(columns) - 1), max(34, self.wide / 2 + 9), self.wide + 34)
+        )
+        at = {key: self.wide / 2 + 14 + i * self.gap for i, key in enumerate(columns)}
         self.x = np.array([at[key] for key in keys], float)
         self.width = max(600.0, max(at.values(), default=0.0) + self.wide / 2 + 14)
         self.x += (self.width - max(at.values(), default=0.0) - self.wide / 2 - 14) / 2
         self.columns = [[i for i, key in enumerate(keys) if key == column] for column in columns]
+        self.beside = {node: column for column in self.columns for node in column}
         most = max(map(len, self.columns), default=1)
         self.places = max(9, 2 * most + 1, min(27, len(links) // 2))
         self.height = (self.places + 1) * STEP
@@ -129,19 +133,16 @@ class _Layout:
 
     def path(self, line: int) -> tuple[Floats, Floats]:
         x = np.linspace(self.x[self.a[line]], self.x[self.b[line]] - self.wide / 2, 30)
-        return x, self._height(np.array([line]), x[None], self.y)[0]
+        return x, self._height(np.array([line]), x[None], self.y[None])[0, 0]
 
     def _barycentres(self) -> None:
         for column in self.columns:
             self._spread(column)
         for sweep in range(4):
             for column in self.columns[:: 1 if sweep % 2 == 0 else -1]:
-                means = {i: self._mean(i) for i in column}
-                self._spread(sorted(column, key=lambda i: means[i]))
-
-    def _mean(self, node: int) -> float:
-        near = np.concatenate([self.a[self.b == node], self.b[self.a == node]])
-        return float(self.y[near].mean()) if len(near) else float(self.y[node])
+                near = {i: np.concatenate([self.a[self.b == i], self.b[self.a == i]]) for i in column}
+                means = {i: self.y[near[i]].mean() for i in column}
+                self._spread(sorted(column, key=lambda i, means=means: means[i]))
 
     def _spread(self, column: Sequence[int]) -> None:
         step = max(2, (self.places - 1) // len(column))
@@ -150,57 +151,59 @@ class _Layout:
 
     def _improve(self) -> None:
         every = np.arange(1, self.places + 1) * float(STEP)
+        work = 0
         for _ in range(6):
             before = self.y.copy()
-            for column in self.columns:
-                for node in column:
-                    others = [i for i in column if i != node]
-                    free = (np.abs(every[:, None] - self.y[others]) >= 2 * STEP).all(1)
-                    tries = np.repeat(self.y[None], int(free.sum()) + len(others), 0)
-                    tries[: free.sum(), node] = every[free]
-                    for row, other in zip(tries[free.sum() :], others, strict=True):
-                        row[[node, other]] = row[[other, node]]
-                    if len(tries):
-                        self.y = tries[int(np.argmin([self._cost(y, column) for y in tries]))]
+            for node in range(len(self.names)):
+                column = self.beside[node]
+                others = [i for i in column if i != node]
+                free = every[(np.abs(every[:, None] - self.y[others]) >= 2 * STEP).all(1)]
+                tries = np.repeat(self.y[None], len(free) + len(others), 0)
+                tries[: len(free), node] = free
+                for row, other in zip(tries[len(free) :], others, strict=True):
+                    row[[node, other]] = row[[other, node]]
+                if len(tries) and work < MOST_WORK:
+                    costs = self._costs(tries, np.array(column))
+                    self.y = tries[int(np.argmin(costs))]
+                    work += len(tries) * len(self.a) ** 2
             if (self.y == before).all():
                 break
-        for line in np.flatnonzero(self._under(np.arange(len(self.a)), self.y).any(1)):
+        for line in np.flatnonzero(self._under(np.arange(len(self.a)), self.y[None])[0].any(1)):
             self._bend(int(line))
 
-    def _cost(self, y: Floats, column: Sequence[int]) -> float:
-        """Of the nodes of a column and all edges at them."""
+    def _costs(self, y: Floats, column: Ints) -> Floats:
+        """Of a column's nodes and their edges, for each of several layouts ``layout node``."""
         near = np.isin(self.a, column) | np.isin(self.b, column)
-        lines = np.flatnonzero(near)
-        rest = np.flatnonzero(~near)
-        under = self._under(lines, y).sum() + self._under(rest, y)[:, list(column)].sum()
-        crossings = self._crossings(lines, y).sum() - 0.5 * self._crossings(lines, y)[:, lines].sum()
-        x_gap, y_gap = (np.abs(v[list(column), None] - v[None]) for v in (self.x, y))
-        close = ((x_gap < self.wide + 3) & (y_gap < TALL + 4)).sum() - len(column)
-        steep = np.abs(y[self.a[lines]] - y[self.b[lines]]).sum() / 300
-        return float(
-            30 * close + 8 * under + crossings + steep + np.abs(y[list(column)] - self.height / 2).sum() / 3000
-        )
+        lines, rest = np.flatnonzero(near), np.flatnonzero(~near)
+        under = self._under(lines, y).sum((1, 2)) + self._under(rest, y)[:, :, column].sum((1, 2))
+        crossed = self._crossings(lines, y)
+        crossings = crossed.sum((1, 2)) - 0.5 * crossed[:, :, lines].sum((1, 2))
+        x_gap = np.abs(self.x[column, None] - self.x)
+        close = ((x_gap < self.wide + 3) & (np.abs(y[:, column, None] - y[:, None]) < TALL + 4)).sum((1, 2))
+        steep = np.abs(y[:, self.a[lines]] - y[:, self.b[lines]]).sum(1) / 300
+        outside = np.abs(y[:, column] - self.height / 2).sum(1) / 3000
+        return 30 * close + 8 * under + crossings + steep + outside
 
     def _height(self, lines: Ints, x: Floats, y: Floats) -> Floats:
-        """Of each of some lines at its own places, ``line place``."""
+        """Of each of some lines at its own places, ``layout line place``."""
         x0, x1 = self.x[self.a[lines], None], self.x[self.b[lines], None] - self.wide / 2
         u = np.clip((x - x0) / (x1 - x0), 0, 1)
-        y0, y1 = y[self.a[lines], None], y[self.b[lines], None] + self.port[lines, None]
+        y0, y1 = y[:, self.a[lines], None], y[:, self.b[lines], None] + self.port[lines, None]
         curved = 0.5 * u + 0.5 * (3 * u**2 - 2 * u**3)
         return y0 + (y1 - y0) * curved + self.bow[lines, None] * 4 * u * (1 - u)
 
     def _under(self, lines: Ints, y: Floats) -> Mask:
-        """Which nodes a line passes under on its way, ``line node``."""
+        """Which nodes a line passes under on its way, ``layout line node``."""
         x = np.broadcast_to(self.x, (len(lines), len(self.x)))
         between = (x > self.x[self.a[lines], None]) & (x < self.x[self.b[lines], None])
-        return between & (np.abs(self._height(lines, x, y) - y) < TALL / 2 + 5)
+        return between & (np.abs(self._height(lines, x, y) - y[:, None]) < TALL / 2 + 5)
 
     def _crossings(self, lines: Ints, y: Floats) -> Mask:
-        """Which of all lines each of some crosses."""
+        """Which of all lines each of some crosses, ``layout line line``."""
         every = np.arange(len(self.a))
         low = np.maximum(self.x[self.a[lines], None], self.x[self.a])
         high = np.minimum(self.x[self.b[lines], None], self.x[self.b]) - self.wide / 2
-        first, last = (self._height(lines, x, y) - self._height(every, x.T, y).T for x in (low, high))
+        first, last = (self._height(lines, x, y) - self._height(every, x.T, y).swapaxes(1, 2) for x in (low, high))
         return (low < high) & (first * last < 0)
 
     def _bend(self, line: int) -> None:
@@ -209,7 +212,9 @@ class _Layout:
         at = np.array([line])
         for bow in bows:
             self.bow[line] = bow
-            costs.append(8 * self._under(at, self.y).sum() + self._crossings(at, self.y).sum() + abs(bow) / 30)
+            tangle = 8 * self._under(at, self.y[None]).sum() + self._crossings(at, self.y[None]).sum()
+            outside = np.abs(self.path(line)[1] - self.height / 2).max() > self.height / 2 - 4
+            costs.append(float(tangle) + abs(bow) / 30 + 100 * outside)
         self.bow[line] = bows[int(np.argmin(costs))]
 
 
@@ -217,14 +222,14 @@ def _rank(node: str) -> tuple[int, bool, int]:
     return _layer(node), "." not in node, int(node.split(".h")[1]) if "." in node else 0
 
 
-def _edge(figure: go.Figure, circuit: "Circuit", link: Link, path: tuple[Floats, Floats], most: float) -> None:
+def _edge(figure: go.Figure, circuit: Circuit, link: Link, path: tuple[Floats, Floats], most: float) -> None:
     edge, sender, receiver, _ = link
     score = float(circuit.scores[edge])
     strength = abs(score) / most if most and score == score else 0.0
     figure.add_scatter(
-        x=path[0], y=path[1], mode="lines", showlegend=False, opacity=0.6 + 0.3 * strength,
+        x=path[0], y=path[1], mode="lines", showlegend=False, opacity=0.65 + 0.3 * strength,
         line={
-            "color": _color(score), "width": 0.9 + (WIDEST - 0.9) * strength,
+            "color": _color(score), "width": THINNEST + (WIDEST - THINNEST) * strength,
             "dash": DASH.get(kind_of(receiver), "solid"),
         },
         hovertemplate=(
@@ -242,7 +247,8 @@ def _node(figure: go.Figure, name: str, x: float, y: float, wide: float) -> None
     w, h = wide / 2, TALL / 2
     kind = _kind(name)
     fill, border = LOOKS[kind]
-    pill = f"M{h - w},{-h} L{w - h},{-h} Q{w},{-h} {w},0 Q{w},{h} {w - h},{h} L{h - w},{h} Q{-w},{h} {-w},0 Q{-w},{-h} {h - w},{-h} Z"
+    corners = ((w - h, -h), (w, -h), (w, 0), (w, h), (w - h, h), (h - w, h), (-w, h), (-w, 0), (-w, -h), (h - w, -h))
+    pill = "M{} Q{} {} Q{} {} L{} Q{} {} Q{} {} Z".format(*(f"{x:g},{y:g}" for x, y in corners))
     outline = (
         {"type": "path", "path": pill} if kind == "head" else {"type": "rect", "x0": -w, "x1": w, "y0": -h, "y1": h}
     )
@@ -259,9 +265,10 @@ def _columns(figure: go.Figure, place: _Layout) -> None:
         if name not in ("embed", "logits"):
             spans.setdefault(_layer(name), []).append(x)
     middles = [(min(xs) + max(xs)) / 2 for xs in spans.values()]
+    margin = min(place.wide / 2 + 5, place.gap / 2 - 2)
     for xs in spans.values():
         figure.add_shape(
-            type="rect", x0=min(xs) - place.wide / 2 - 5, x1=max(xs) + place.wide / 2 + 5, y0=0, y1=1, yref="paper",
+            type="rect", x0=min(xs) - margin, x1=max(xs) + margin, y0=0, y1=1, yref="paper",
             layer="below", fillcolor="#f6f6f6", line={"width": 0},
         )  # fmt: skip
     roomy = all(b - a > 52 for a, b in pairwise(middles))
@@ -273,7 +280,7 @@ def _columns(figure: go.Figure, place: _Layout) -> None:
     figure.update_yaxes(range=[0, place.height], visible=False, fixedrange=True)
 
 
-def _legend(figure: go.Figure, circuit: "Circuit", drawn: Sequence[int], place: _Layout) -> None:
+def _legend(figure: go.Figure, circuit: Circuit, drawn: Sequence[int], place: _Layout) -> None:
     """Of what there is: kinds of nodes, signs, kinds of receivers."""
     nodes = {_kind(name) for name in place.names}
     for kind, (fill, border) in LOOKS.items():
@@ -293,7 +300,7 @@ def _legend(figure: go.Figure, circuit: "Circuit", drawn: Sequence[int], place: 
             figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
 
 
-def as_networkx(circuit: "Circuit") -> "nx.MultiDiGraph":
+def as_networkx(circuit: Circuit) -> nx.MultiDiGraph:
     """See `Circuit.to_networkx`."""
     graph = nx.MultiDiGraph()
     graph.add_nodes_from(circuit.nodes)
@@ -303,7 +310,7 @@ def as_networkx(circuit: "Circuit") -> "nx.MultiDiGraph":
     return graph
 
 
-def write_dot(circuit: "Circuit") -> str:
+def write_dot(circuit: Circuit) -> str:
     """See `Circuit.dot`."""
     lines = ["digraph circuit {", "  rankdir=LR;", f"  label={_quoted(circuit.title)};"]
     lines += [f"  {_quoted(node)} [shape={'ellipse' if '.' in node else 'box'}];" for node in circuit.nodes]
@@ -341,6 +348,8 @@ def read_dot(text: str, graph: Graph) -> tuple[Floats, Mask]:
             if _unquoted(match[2]) not in graph.nodes_of(said["receiver"]):
                 raise ValueError(f"{said['receiver']} is not read by {_unquoted(match[2])}")
             kept[edge], scores[edge] = True, float(said.get("score", "nan"))
+            if np.isinf(scores[edge]):
+                raise ValueError("its score is infinite")
         except (NeedsError, KeyError, ValueError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise OutputError(f"line {number} of the DOT text is no edge of this graph ({what})") from error
@@ -356,14 +365,14 @@ def _unquoted(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text[1:-1])
 
 
-def write_json(circuit: "Circuit") -> str:
+def write_json(circuit: Circuit) -> str:
     """The circuit as JSON; single precision is written as such, which takes half the digits."""
     single = circuit.scores.astype(np.float32)
     exact = np.array_equal(single.astype(np.float64), circuit.scores, equal_nan=True)
     scores = [float(str(s)) for s in single] if exact else circuit.scores.tolist()
     content = {
         "format": FORMAT,
-        "graph": {name: getattr(circuit.graph, name) for name in (*SIZES, "ungrouped")},
+        "graph": {name: getattr(circuit.graph, name) for name in SIZES},
         "meta": encode(circuit.meta, "meta"),
         "kept": np.flatnonzero(circuit.kept).tolist(),
         "dtype": "float32" if exact else "float64",
@@ -378,16 +387,16 @@ def read_json(path: str | Path) -> tuple[Graph, Floats, Mask, dict[str, Any]]:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        sizes, scores, kept = [content["graph"][name] for name in SIZES], content["scores"], content["kept"]
+        sizes, scores, kept = [content["graph"][name] for name in SIZES[:3]], content["scores"], content["kept"]
         if not all(type(n) is int and 0 < n <= len(scores) for n in sizes) or sizes[0] * sizes[1] > len(scores):
             raise ValueError(f"no model with {len(scores):,} edges has the sizes {sizes}")
-        graph = Graph(*sizes, bool(content["graph"]["ungrouped"]))
+        graph = Graph(sizes[0], sizes[1], sizes[2], bool(content["graph"]["ungrouped"]))
         if sizes[1] % sizes[2] or len(graph) != len(scores):
             raise ValueError(f"it has {len(scores):,} scores for {len(graph):,} edges")
-        if not all(s is None or type(s) in (int, float) for s in scores):
-            raise ValueError("a score is no number")
-        if not all(type(i) is int and 0 <= i < len(scores) for i in kept):
-            raise ValueError("a kept edge has no such number")
+        if not all(s is None or (type(s) is float and math.isfinite(s)) for s in scores):
+            raise ValueError("a score is no finite number")
+        if not all(type(i) is int and 0 <= i < len(scores) for i in kept) or [*kept] != sorted(set(kept)):
+            raise ValueError("kept holds what is no number of an edge")
         mask = np.zeros(len(scores), bool)
         mask[kept] = True
         values = np.array(

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Meta = Mapping[str, Any]
 
 STABLE = 0.8
 """Mean Jaccard index of resampled circuits from which on a circuit is called stable."""
-SIZES = ("n_layers", "n_heads", "n_kv_heads")
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "ungrouped")
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -46,14 +47,10 @@ class Circuit:
     graph: Graph
     scores: Floats
     kept: Mask
-    meta: Mapping[str, Any]
+    meta: Meta
 
     def __init__(
-        self,
-        graph: Graph,
-        scores: npt.ArrayLike,
-        kept: npt.ArrayLike | None = None,
-        meta: Mapping[str, Any] | None = None,
+        self, graph: Graph, scores: npt.ArrayLike, kept: npt.ArrayLike | None = None, meta: Meta | None = None
     ) -> None:
         """Copy what is given.
 
@@ -62,11 +59,11 @@ class Circuit:
         """
         values = np.array(scores, np.float64)
         mask = np.isfinite(values) if kept is None else np.array(kept)
-        for name, array in (("scores", values), ("kept", mask)):
-            if array.shape != (len(graph),) or array.dtype != (bool if name == "kept" else float):
+        for name, array, kind in (("scores", values, "float64"), ("kept", mask, "bool")):
+            if array.shape != (len(graph),) or array.dtype != kind:
+                found = f"{array.dtype} of shape {array.shape}"
                 raise NeedsError(
-                    f"The {name} of Circuit must be a vector of {'bools' if name == 'kept' else 'numbers'}, one for each"
-                    f" of {len(graph):,} edges. Got {array.dtype} of shape {array.shape}"
+                    f"The {name} of Circuit must be {len(graph):,} {kind}s, one for each edge. Got {found}"
                 )
             array.flags.writeable = False
         if np.isinf(values).any():
@@ -82,12 +79,12 @@ class Circuit:
         Raises:
             NeedsError: it has no variable ``score`` on ``edge``, or not the sizes of the model.
         """
-        data = result.data
-        try:
-            graph = Graph(*(int(data.attrs[name]) for name in SIZES), bool(data.attrs["ungrouped"]))
-            found, senders, receivers = data["score"], data["sender"].values, data["receiver"].values
-        except KeyError as error:
-            raise NeedsError(f"the result has no {error.args[0]!r}; give one that scores edges") from error
+        data, wanted = result.data, ("score", "sender", "receiver", *SIZES)
+        lacking = [name for name in wanted if name not in data.variables and name not in data.attrs]
+        if lacking:
+            raise NeedsError(f"the result has no {', '.join(lacking)}; give one that scores edges")
+        graph = Graph(**{name: int(data.attrs[name]) for name in SIZES[:3]}, ungrouped=bool(data.attrs["ungrouped"]))
+        found, senders, receivers = data["score"], data["sender"].values, data["receiver"].values
         if found.dims != ("edge",):
             raise NeedsError(f"score has axes {found.dims}, not ('edge',); take its mean over the others")
         scores = np.full(len(graph), np.nan)
@@ -127,11 +124,7 @@ class Circuit:
         return int(self.kept.sum())
 
     def __contains__(self, edge: tuple[str, str]) -> bool:
-        """Whether ``(sender, receiver)`` is in the circuit.
-
-        Raises:
-            NeedsError: the model has no such edge.
-        """
+        """Whether ``(sender, receiver)`` is in the circuit; NeedsError where the model has no such edge."""
         return bool(self.kept[self.graph.edge(*edge)])
 
     @property
@@ -267,8 +260,7 @@ class Circuit:
     def caption(self) -> str:
         """What the circuit is, in words."""
         said = [f"{count(len(self), 'edge')} of {len(self.graph):,} between {count(len(self.nodes), 'node')}"]
-        said += [f"scored by {self.meta['analyzer']}"] if "analyzer" in self.meta else []
-        said += [f"metric {self.meta['metric']}"] if "metric" in self.meta else []
+        said += [f"{name} {self.meta[name]}" for name in ("analyzer", "metric") if name in self.meta]
         said += [count(self.meta["examples"], "example")] if isinstance(self.meta.get("examples"), Integral) else []
         if self.unstable:
             said.append(f"unstable: resampled circuits overlap by {self.meta['stability']:.2f}, less than {STABLE}")
@@ -317,9 +309,8 @@ class Circuit:
     def _frame(self, some: Mask) -> pd.DataFrame:
         order = self._order(some)
         senders, receivers = (ends[order] for ends in self.graph.ends)
-        names = {"sender": [self.graph.senders[i] for i in senders]}
-        names["receiver"] = [self.graph.receivers[i] for i in receivers]
-        return pd.DataFrame({**names, "score": self.scores[order]})
+        rows = [(self.graph.senders[s], self.graph.receivers[r]) for s, r in zip(senders, receivers, strict=True)]
+        return pd.DataFrame(rows, columns=["sender", "receiver"]).assign(score=self.scores[order])
 
     def _with(self, kept: Mask) -> "Circuit":
         return Circuit(self.graph, self.scores, kept, _unjudged(self.meta))
@@ -399,16 +390,12 @@ def _overlap(a: Circuit, b: Circuit) -> dict[str, float]:
     both = np.isfinite(a.scores) & np.isfinite(b.scores)
     x, y = a.scores[both], b.scores[both]
     rank: Any = stats.spearmanr(x, y) if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
-    return {
-        "edges": shared / either if either else 1.0,
-        "nodes": len(nodes & others) / len(nodes | others) if either else 1.0,
-        "shared": shared,
-        "only_here": len(a) - shared,
-        "only_there": len(b) - shared,
-        "spearman": float("nan") if rank is None else float(rank.statistic),
-    }
+    jaccard = (shared / either, len(nodes & others) / len(nodes | others)) if either else (1.0, 1.0)
+    counts = {"shared": shared, "only_here": len(a) - shared, "only_there": len(b) - shared}
+    spearman = float("nan") if rank is None else float(rank.statistic)
+    return {"edges": jaccard[0], "nodes": jaccard[1], **counts, "spearman": spearman}
 
 
-def _unjudged(meta: Mapping[str, Any]) -> dict[str, Any]:
+def _unjudged(meta: Meta) -> dict[str, Any]:
     """Without what `Circuit.stability` found, which holds of one choice of edges."""
     return {name: value for name, value in meta.items() if name not in ("stability", "stable", "to_this", "resamples")}
