@@ -56,13 +56,7 @@ def circuit_figure(circuit: Circuit, max_edges: int = 60) -> go.Figure:
     _legend(figure, circuit, drawn, place)
     caption = f"{circuit.caption}. "
     caption += f"Drawn: the strongest {max_edges:,} of {len(circuit):,} edges. " if len(circuit) > max_edges else ""
-    caption += (
-        f"Edges lead to the right, as wide as their scores (up to {most:.3g})."
-        if most
-        else ""
-        if drawn
-        else "Nothing to draw."
-    )
+    caption += f"Edges lead to the right, as wide as their scores (up to {most:.3g})." if drawn else "Nothing to draw."
     width = max(640, int(place.width) + 40)
     lines = [html.escape(line, quote=False) for line in textwrap.wrap(caption, width // 7)]
     top = 62 + 16 * len(lines)
@@ -163,8 +157,7 @@ class _Layout:
                 for row, other in zip(tries[len(free) :], others, strict=True):
                     row[[node, other]] = row[[other, node]]
                 if len(tries) and work < MOST_WORK:
-                    costs = self._costs(tries, np.array(column))
-                    self.y = tries[int(np.argmin(costs))]
+                    self.y = tries[int(np.argmin(self._costs(tries, np.array(column))))]
                     work += len(tries) * len(self.a) ** 2
             if (self.y == before).all():
                 break
@@ -208,8 +201,7 @@ class _Layout:
 
     def _bend(self, line: int) -> None:
         costs: list[float] = []
-        bows = [side * size for size in (0.0, 1.0, 1.5, 2.0, 3.0) for side in (STEP, -STEP)]
-        at = np.array([line])
+        at, bows = np.array([line]), [side * size for size in (0.0, 1.0, 1.5, 2.0, 3.0) for side in (STEP, -STEP)]
         for bow in bows:
             self.bow[line] = bow
             tangle = 8 * self._under(at, self.y[None]).sum() + self._crossings(at, self.y[None]).sum()
@@ -245,13 +237,11 @@ def _color(score: float) -> str:
 
 def _node(figure: go.Figure, name: str, x: float, y: float, wide: float) -> None:
     w, h = wide / 2, TALL / 2
-    kind = _kind(name)
-    fill, border = LOOKS[kind]
+    fill, border = LOOKS[_kind(name)]
     corners = ((w - h, -h), (w, -h), (w, 0), (w, h), (w - h, h), (h - w, h), (-w, h), (-w, 0), (-w, -h), (h - w, -h))
     pill = "M{} Q{} {} Q{} {} L{} Q{} {} Q{} {} Z".format(*(f"{x:g},{y:g}" for x, y in corners))
-    outline = (
-        {"type": "path", "path": pill} if kind == "head" else {"type": "rect", "x0": -w, "x1": w, "y0": -h, "y1": h}
-    )
+    box = {"type": "rect", "x0": -w, "x1": w, "y0": -h, "y1": h}
+    outline = {"type": "path", "path": pill} if "." in name else box
     figure.add_shape(
         **outline, xsizemode="pixel", ysizemode="pixel", xanchor=x, yanchor=y, layer="above", fillcolor=fill,
         line={"color": border, "width": 1.2}, label={"text": name, "font": {"size": 10.5, "color": "#222"}},

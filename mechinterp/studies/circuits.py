@@ -134,8 +134,7 @@ class Circuit:
         An edge into the keys or values of a group leads to those heads of the group that another edge
         brings into the circuit; to all of them where none does.
         """
-        there = {int(s) for s in self.graph.ends[0][self.kept]}
-        there |= {node for fed in self._fed.values() for node in fed}
+        there = {*self.graph.ends[0][self.kept].tolist(), *(node for fed in self._fed.values() for node in fed)}
         names = (*self.graph.senders, "logits")
         return tuple(names[i] for i in sorted(there))
 
@@ -286,10 +285,9 @@ class Circuit:
         return f"{self.title} ({self.caption})\n{frame.head(ROWS).to_string(index=False)}{more}"
 
     def _repr_html_(self) -> str:
-        frame = self.edges
-        shown = [list(row) for row in frame.head(ROWS).itertuples(index=False, name=None)]
-        caption = f"{self.title}: {self.caption}"
-        return html_table([str(c) for c in frame.columns], shown, caption, max(0, len(frame) - ROWS))
+        shown = [list(row) for row in self.edges.head(ROWS).itertuples(index=False, name=None)]
+        head = ("sender", "receiver", "score")
+        return html_table(head, shown, f"{self.title}: {self.caption}", max(0, len(self) - ROWS))
 
     @functools.cached_property
     def _fed(self) -> dict[int, tuple[int, ...]]:
