@@ -18,7 +18,7 @@ from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.core.trace import Read, Run, Trace
+from mechinterp.core.trace import Read, Trace
 from mechinterp.errors import NeedsError
 from mechinterp.model.slices import select
 from mechinterp.sites import Site
@@ -29,6 +29,8 @@ ROWS = 256
 
 Senders = Float[Tensor, "sender example pos d_model"]
 Receivers = Float[Tensor, "receiver example pos d_model"]
+Gradients = Iterator[tuple[int, dict[str, Receivers]]]
+"""(layer, kind of receiver → gradient at the input of each), the logits at last."""
 Edges = Float[Tensor, "edge"] | Float[Tensor, "example edge"]
 
 
@@ -98,16 +100,17 @@ class EdgeAttribution(Analyzer):
         graph = Graph.of(batch.model, self.ungrouped)
         mask = batch.examples.mask
         values = batch.values["clean"] if self.method == "eap" else batch.clean
-        changed = _changed(batch.model, graph, values, batch.corrupted, mask)
+        start = 0 if self.method == "exact" else _first_difference(batch.examples)
+        changed = _changed(batch.model, graph, values, batch.corrupted, mask, start)
         if self.method == "exact":
             scores = self._exact(batch, graph, changed)
         elif self.method == "eap":
-            read = _pull_back(batch.model, graph, batch.grads["clean"], batch.values["clean"])
-            scores = self._product(graph, changed, read, self.intervals)
+            read = _pull_back(batch.model, graph, batch.grads["clean"], batch.values["clean"], start)
+            scores = self._product(graph, changed, read)
         elif self.method == "eap-ig-inputs":
-            scores = self._product(graph, changed, self._averaged(batch, graph, "inputs", ("q", 0)), self.intervals)
+            scores = self._product(graph, changed, self._averaged(batch, graph, "inputs", start, ("q", 0)))
         else:
-            scores = self._along_activations(batch, graph, changed)
+            scores = self._along_activations(batch, graph, changed, start)
         if self.intervals:
             return Part({"scores": (scores, "example edge")})
         return Part({"total": (scores, "edge"), "count": (torch.tensor(len(batch.examples)), "")})
@@ -152,55 +155,55 @@ class EdgeAttribution(Analyzer):
             yield f"a{i}", ("mlp", i), (Site("z", i), own)
             yield f"m{i}", ("q", i + 1), (Site("mlp_out", i), own)
 
-    def _averaged(
-        self, batch: Batch, graph: Graph, name: str, after: tuple[str, int]
-    ) -> Iterator[tuple[tuple[str, int], Receivers]]:
+    def _averaged(self, batch: Batch, graph: Graph, name: str, start: int, after: tuple[str, int]) -> Gradients:
         """Gradients at receivers' inputs, averaged over the steps of a path."""
-        total: dict[tuple[str, int], Tensor] = {}
+        total: list[tuple[int, dict[str, Tensor]]] = []
         for k in range(self.steps):
             grads, values = batch.grads[f"{name} {k}"], batch.values[f"{name} {k}"]
-            for place, read in _pull_back(batch.model, graph, grads, values, after):
-                total[place] = (
-                    read / self.steps if place not in total else total[place].add_(read, alpha=1 / self.steps)
-                )
-        yield from total.items()
+            for place, (layer, read) in enumerate(_pull_back(batch.model, graph, grads, values, start, after)):
+                if not k:
+                    total.append((layer, read))
+                for kind, gradient in read.items() if k else ():
+                    total[place][1][kind].add_(gradient)
+        for _, read in total:
+            for gradient in read.values():
+                gradient.div_(self.steps)
+        yield from total
 
     def _product(
-        self,
-        graph: Graph,
-        changed: Senders,
-        read: Iterator[tuple[tuple[str, int], Receivers]],
-        each: bool,
-        out: Tensor | None = None,
-        among: slice = slice(0, None),
+        self, graph: Graph, changed: Senders, read: Gradients, out: Tensor | None = None, among: slice = slice(0, None)
     ) -> Edges:
-        """Scores of edges, added up over examples or, where `each`, for every example.
+        """Scores of edges, added up over examples or, where there are intervals, for every example.
 
         Args:
             out: where scores are put; new zeros by default.
             among: only of these senders.
         """
-        examples = changed.shape[1]
-        out = changed.new_zeros(*([examples] if each else []), len(graph)) if out is None else out
-        for (kind, layer), gradient in read:
-            place, (count, reach) = graph.into(kind, layer)
-            senders = changed[:reach][among]
+        each = self.intervals
+        out = changed.new_zeros(*([changed.shape[1]] if each else []), len(graph)) if out is None else out
+        for layer, gradients in read:
+            reach = graph.into("logits" if "logits" in gradients else "mlp", layer)[1][1]
+            senders, rows = changed[:reach][among], torch.cat(list(gradients.values()))
             if each:
-                some = torch.bmm(gradient.transpose(0, 1).flatten(2), senders.transpose(0, 1).flatten(2).mT)
+                some = torch.bmm(rows.transpose(0, 1).flatten(2), senders.transpose(0, 1).flatten(2).mT)
             else:
-                some = gradient.flatten(1) @ senders.flatten(1).T
-            block = out[..., place].view(*out.shape[:-1], count, reach)
-            block[..., among] = some
+                some = rows.flatten(1) @ senders.flatten(1).T
+            first = 0
+            for kind in gradients:
+                place, (count, reach) = graph.into(kind, layer)
+                block = out[..., place].view(*out.shape[:-1], count, reach)[..., among]
+                block.copy_(some[..., first : first + count, : block.shape[-1]])
+                first += count
         return out
 
-    def _along_activations(self, batch: Batch, graph: Graph, changed: Senders) -> Edges:
+    def _along_activations(self, batch: Batch, graph: Graph, changed: Senders, start: int) -> Edges:
         out = changed.new_zeros(*([changed.shape[1]] if self.intervals else []), len(graph))
         width = graph.n_heads + 1
         for name, after, _ in self._paths(graph.n_layers):
             layer = 0 if name == "embed" else int(name[1:])
             first = 0 if name == "embed" else 1 + layer * width + (graph.n_heads if name[0] == "m" else 0)
             among = slice(first, first + (graph.n_heads if name[0] == "a" else 1))
-            self._product(graph, changed, self._averaged(batch, graph, name, after), self.intervals, out, among)
+            self._product(graph, changed, self._averaged(batch, graph, name, start, after), out, among)
         return out
 
     def _exact(self, batch: Batch, graph: Graph, changed: Senders) -> Edges:
@@ -255,16 +258,22 @@ def _named(graph: Graph) -> dict[str, Any]:
     return {"edge": ("edge", names), "sender": ("edge", senders), "receiver": ("edge", receivers)}
 
 
-def _changed(model: Model, graph: Graph, clean: Trace, corrupted: Trace, mask: Tensor) -> Senders:
-    """What every node writes in the clean run less in the corrupted one; zero at padding."""
-    heads, padding = graph.n_heads, ~mask[:, :, None]
-    first = clean[Site("embed")]
-    out = torch.empty(len(graph.senders), *first.shape, device=first.device, dtype=torch.float32)
+def _first_difference(batch: TokenBatch) -> int:
+    """The first column at which any example's two prompts differ; before it, senders write the same."""
+    differs = (batch.ids != batch.run("corrupted").ids).any(0)
+    return int(differs.int().argmax()) if bool(differs.any()) else len(differs) - 1
+
+
+def _changed(model: Model, graph: Graph, clean: Trace, corrupted: Trace, mask: Tensor, start: int) -> Senders:
+    """What every node writes in the clean run less in the corrupted one, from a column on; zero at padding."""
+    heads, padding = graph.n_heads, ~mask[:, start:, None]
 
     def difference(site: Site) -> Tensor:
-        return clean[site].float() - corrupted[Read(site, "corrupted")].float()
+        return clean[site][:, start:].float() - corrupted[Read(site, "corrupted")][:, start:].float()
 
-    out[0] = difference(Site("embed"))
+    first = difference(Site("embed"))
+    out = first.new_empty(len(graph.senders), *first.shape)
+    out[0] = first
     for i in range(graph.n_layers):
         at = 1 + i * (heads + 1)
         z = difference(Site("z", i)).flatten(0, 1).transpose(0, 1)
@@ -274,29 +283,30 @@ def _changed(model: Model, graph: Graph, clean: Trace, corrupted: Trace, mask: T
 
 
 def _pull_back(
-    model: Model, graph: Graph, grads: Trace, values: Trace, after: tuple[str, int] = ("q", 0)
-) -> Iterator[tuple[tuple[str, int], Receivers]]:
-    """(kind, layer) and the gradient at the input of each of its receivers, before the norm."""
+    model: Model, graph: Graph, grads: Trace, values: Trace, start: int, after: tuple[str, int] = ("q", 0)
+) -> Gradients:
+    """Gradients at receivers' inputs, before the norm, in columns from `start` on, from a kind of a layer on."""
     kind, first = after
-    of: Run = "clean"
+
+    def value(site: Site) -> Tensor:
+        return values[Read(site, "clean")][:, start:].float()
+
+    def gradient(site: Site) -> Tensor:
+        return grads[site][:, start:].float()
+
     for i in range(min(first, graph.n_layers), graph.n_layers):
-        base = model.arch.layer(i)
+        base, read = model.arch.layer(i), dict[str, Tensor]()
         if (kind, first) != ("mlp", i):
-            norm, resid = _norm(model, f"{base}.input_layernorm"), values[Read(Site("resid_pre", i), of)].float()
+            norm, resid = _norm(model, f"{base}.input_layernorm"), value(Site("resid_pre", i))
             for name in "qkv":
                 split = graph.ungrouped and name != "q"
-                gradient = grads[Site(name, i, per_query_head=split)].float()
-                yield (
-                    (name, i),
-                    _through_projection(
-                        gradient, model.projection(name, i, per_query_head=split)[0].float(), norm, resid
-                    ),
-                )
-        norm, resid = _norm(model, f"{base}.post_attention_layernorm"), values[Read(Site("resid_mid", i), of)].float()
-        yield ("mlp", i), _through_norm(grads[Site("mlp_in", i)].float(), norm, resid)[None]
-    resid = values[Read(Site("resid_post", graph.n_layers - 1), of)].float()
-    norm = _norm(model, f"{model.arch.base}.{model.arch.norm}")
-    yield ("logits", 0), _through_norm(grads[Site("final_norm")].float(), norm, resid)[None]
+                weight = model.projection(name, i, per_query_head=split)[0].float()
+                read[name] = _through_projection(gradient(Site(name, i, per_query_head=split)), weight, norm, resid)
+        norm, resid = _norm(model, f"{base}.post_attention_layernorm"), value(Site("resid_mid", i))
+        read["mlp"] = _through_norm(gradient(Site("mlp_in", i)), norm, resid)[None]
+        yield i, read
+    norm, resid = _norm(model, f"{model.arch.base}.{model.arch.norm}"), value(Site("resid_post", graph.n_layers - 1))
+    yield 0, {"logits": _through_norm(gradient(Site("final_norm")), norm, resid)[None]}
 
 
 def _through_norm(gradient: Tensor, norm: Any, resid: Tensor) -> Float[Tensor, "example pos d_model"]:
