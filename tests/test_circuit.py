@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+import mechinterp as mi
 from mechinterp.core.graph import Graph
 from mechinterp.core.result import Result
 from mechinterp.errors import NeedsError, OutputError
@@ -281,7 +282,8 @@ def test_of_a_result(graph: Graph) -> None:
     coords = {"sender": ("edge", senders), "receiver": ("edge", receivers)}
     attrs = {n: getattr(graph, n) for n in ("n_layers", "n_heads", "n_kv_heads")} | {"ungrouped": int(graph.ungrouped)}
     data = xr.Dataset({"score": ("edge", scores[order])}, coords, attrs)
-    circuit = Circuit.of(Result(data, {"model": "m"}))
+    circuit = Circuit.of(Result(data, {"model": "m", "options": {"method": "'eap'", "metric": "LogitDiff()"}}))
+    assert "method eap; metric LogitDiff()" in circuit.caption
     assert circuit.graph == graph and circuit.meta["model"] == "m"
     assert np.array_equal(circuit.scores[order], scores[order], equal_nan=True)
     assert np.isfinite(circuit.scores).sum() == np.isfinite(scores[order]).sum() == len(circuit)
@@ -370,3 +372,12 @@ def test_in_words() -> None:
         assert "1 example" in shown and "EdgeAttribution" in shown and first["sender"] in shown and "more" in shown
     assert "<tiny>" in repr(circuit) and "&lt;tiny&gt;" in circuit._repr_html_()
     assert "a0" not in repr(circuit.top(0))
+
+
+def test_of_a_run(model: mi.Model) -> None:
+    prompts = mi.Examples.pairs([[5, 6, 7, 8]] * 2, [[5, 9, 7, 8], [5, 10, 7, 8]], answers=[(1, 3), (2, 4)])
+    result = mi.run(model, prompts, mi.EdgeAttribution("eap", ungrouped=True))
+    circuit = Circuit.of(result)
+    assert circuit.graph == Graph.of(model, ungrouped=True)
+    assert np.array_equal(circuit.scores, result.data["score"].values)
+    assert circuit.title == f"Circuit of {model.name}" and "EdgeAttribution; method eap" in circuit.caption

@@ -89,7 +89,9 @@ class Circuit:
             raise NeedsError(f"score has axes {found.dims}, not ('edge',); take its mean over the others")
         scores = np.full(len(graph), np.nan)
         scores[[graph.edge(str(s), str(r)) for s, r in zip(senders, receivers, strict=True)]] = found.values
-        return cls(graph, scores, meta=result.meta)
+        options = result.meta.get("options", {})  # as text, strings in quotes
+        chosen = {name: options[name].strip("'") for name in ("method", "metric") if name in options}
+        return cls(graph, scores, meta={**result.meta, **chosen})
 
     def top(self, n: int | float, absolute: bool = True) -> "Circuit":
         """The `n` best of all edges that have a score, kept here or not.
@@ -259,7 +261,7 @@ class Circuit:
     def caption(self) -> str:
         """What the circuit is, in words."""
         said = [f"{count(len(self), 'edge')} of {len(self.graph):,} between {count(len(self.nodes), 'node')}"]
-        said += [f"{name} {self.meta[name]}" for name in ("analyzer", "metric") if name in self.meta]
+        said += [f"{name} {self.meta[name]}" for name in ("analyzer", "method", "metric") if name in self.meta]
         said += [count(self.meta["examples"], "example")] if isinstance(self.meta.get("examples"), Integral) else []
         if self.unstable:
             said.append(f"unstable: resampled circuits overlap by {self.meta['stability']:.2f}, less than {STABLE}")
@@ -292,8 +294,7 @@ class Circuit:
     @functools.cached_property
     def _fed(self) -> dict[int, tuple[int, ...]]:
         """Of each receiver in the circuit, the numbers of the nodes there that it feeds."""
-        senders, receivers = self.graph.ends
-        feeds = _feeds(self.graph)
+        (senders, receivers), feeds = self.graph.ends, _feeds(self.graph)
         here = np.unique(receivers[self.kept]).tolist()
         others = {*senders[self.kept].tolist(), *(feeds[r][0] for r in here if len(feeds[r]) == 1)}
         return {r: tuple(node for node in feeds[r] if node in others) or feeds[r] for r in here}
@@ -390,8 +391,7 @@ def _overlap(a: Circuit, b: Circuit) -> dict[str, float]:
     rank: Any = stats.spearmanr(x, y) if len(x) > 1 and np.ptp(x) > 0 and np.ptp(y) > 0 else None
     jaccard = (shared / either, len(nodes & others) / len(nodes | others)) if either else (1.0, 1.0)
     counts = {"shared": shared, "only_here": len(a) - shared, "only_there": len(b) - shared}
-    spearman = float("nan") if rank is None else float(rank.statistic)
-    return {"edges": jaccard[0], "nodes": jaccard[1], **counts, "spearman": spearman}
+    return {"edges": jaccard[0], "nodes": jaccard[1], **counts, "spearman": float(rank.statistic) if rank else np.nan}
 
 
 def _unjudged(meta: Meta) -> dict[str, Any]:
