@@ -48,6 +48,10 @@ class Rows:
         return self.take(np.lexsort(keys))
 
     @classmethod
+    def none(cls) -> "Rows":
+        return cls(*[np.zeros(0, np.int64)] * 6, np.zeros(0, bool))
+
+    @classmethod
     def joined(cls, many: "list[Rows]") -> "Rows":
         return cls(*(np.concatenate([getattr(rows, name) for rows in many]) for name in cls.__dataclass_fields__))
 
@@ -109,10 +113,7 @@ class Cells:
             skip: leave out rows that write what is there already.
         """
         if self.sweep.edits:
-            found = [] if self.edited is None else [self._rows_of_edits(self.edited)]
-            none = np.zeros(0, np.int64)
-            found.append(Rows(none, none, none, none, none, none, np.zeros(0, bool)))
-            return Rows.joined(found), self.place < 0
+            return Rows.none() if self.edited is None else self._rows_of_edits(self.edited), self.place < 0
         examples = len(self.lengths)
         first = self._first_difference() if self.sweep.patches and skip else np.zeros(examples, np.int64)
         missing = np.zeros((examples, self.grid.rows), bool)
@@ -128,10 +129,10 @@ class Cells:
             start, stop, gone = known[where, patches]
             cells = np.arange(number * parts, (number + 1) * parts)
             missing[:, cells] = gone[:, None]
+            if not len(some := np.nonzero((stop > start) & ~gone)[0]):
+                continue
             enters, spreads = self._entry(group)
-            cell, example = (
-                each.ravel() for each in np.meshgrid(cells, np.nonzero((stop > start) & ~gone)[0], indexing="ij")
-            )
+            cell, example = np.repeat(cells, len(some)), np.tile(some, len(cells))
             length = self.lengths[example]
             found.append(
                 Rows(
@@ -144,7 +145,7 @@ class Cells:
                     np.full(len(cell), spreads),
                 )
             )
-        return Rows.joined(found), missing
+        return Rows.joined([Rows.none(), *found]), missing
 
     def _reach(self, where: tuple[Any, ...], first: Ints) -> tuple[Ints, Ints, Bools]:
         """First column that is written from `first` on, one beyond the last, and which examples lack the position."""

@@ -30,6 +30,8 @@ from mechinterp.sites import KINDS, Site, resolve
 
 BUDGET = 1 << 30
 """Bytes that a sweep may take beside the model."""
+TOKENS = 1 << 12
+"""Tokens in flight at most on a CPU, where larger tensors gain nothing and are given back to the system each time."""
 
 _FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout)
 """Interventions that make of each position what does not depend on the others; a user's own may."""
@@ -278,6 +280,7 @@ class _Sweeping(Runs):
         begin, total = 0, 0
         for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True):
             room = max(1, (self.budget - caches) // _bytes_in_flight(self.model))
+            room = room if self.device.type == "cuda" else min(room, TOKENS)
             if total and total + size > room:
                 yield rows.take(slice(begin, first)).neighbours()
                 begin, total = first, 0
