@@ -73,6 +73,8 @@ class EdgeRuns:
         """What stands at the sites of senders, and on the residual stream, where every edge is cut."""
         self.changed = self._changed({site: clean.values[Read(site)] for site in sites})
         """What senders of the clean run write less what they write in the reference, ``sender example pos d_model``."""
+        self.start: Kept = np.ones(len(graph), bool)
+        """The circuit that `changed` is of: at first all edges."""
         self.rotary = self._rotary()
         self._plain: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -150,17 +152,23 @@ class EdgeRuns:
         return (len(self.graph.senders) + 4 * width) * self.batch.ids.numel() * self.model.dims.d_model * 4
 
     def _entries(self, kept: Kept) -> npt.NDArray[np.int64]:
-        """The first layer at which each circuit differs from the clean run; the number of layers where none does."""
+        """The first layer at which each circuit differs from `start`; the number of layers where none does."""
         width = self.graph.n_heads + 2 * self.graph.keys + 1
         _, receiver = self.graph.ends
         layer = np.minimum(receiver // width, self.n)
-        return np.where(kept.all(1), self.n, np.where(kept, self.n, layer).min(1))
+        return np.where(kept == self.start, self.n, layer).min(1)
 
-    def _fly(self, kept: Kept, entry: int) -> Float[Tensor, "circuit example"]:
-        """Circuits from layer `entry` on, before which they are the clean run."""
+    @torch.no_grad()
+    def begin_from(self, kept: Kept) -> None:
+        """Let circuits to come be run from where they first differ from this one, ``edge``, and not from all edges."""
+        entry = int(self._entries(kept[None])[0])
+        self.changed = self._changes(kept[None], entry)[0]
+        self.start = kept.copy()
+
+    def _changes(self, kept: Kept, entry: int) -> Float[Tensor, "circuit sender row pos d_model"]:
+        """What senders of circuits change, which are `start` before layer `entry`."""
         circuits, heads = len(kept), self.graph.n_heads
-        device = self.batch.ids.device
-        masks = torch.as_tensor(kept, device=device)
+        masks = torch.as_tensor(kept, device=self.batch.ids.device)
         known = 1 + entry * (heads + 1)  # senders before the entry
         changed = self.changed.new_empty(circuits, *self.changed.shape)
         changed[:, :known] = self.changed[:known]
@@ -171,6 +179,11 @@ class EdgeRuns:
             place, _ = self.graph.into("mlp", layer)
             mlp = self._mlp(layer, masks[:, None, place], changed[:, : first + heads])
             changed[:, first + heads] = mlp
+        return changed
+
+    def _fly(self, kept: Kept, entry: int) -> Float[Tensor, "circuit example"]:
+        """The metric of circuits that are `start` before layer `entry`."""
+        masks, changed = torch.as_tensor(kept, device=self.batch.ids.device), self._changes(kept, entry)
         place, _ = self.graph.into("logits")
         where = self.batch.where(self.metric.positions)
         final = self._input(Site("resid_post", self.n - 1), masks[:, None, place], changed)[:, 0]

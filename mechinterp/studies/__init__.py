@@ -1,7 +1,21 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
 from mechinterp.studies.circuits import Circuit as Circuit
+from mechinterp.studies.discover import discover as discover
+from mechinterp.studies.faithfulness import completeness as completeness
+from mechinterp.studies.faithfulness import faithfulness as faithfulness
+from mechinterp.studies.faithfulness import faithfulness_curve as faithfulness_curve
+from mechinterp.studies.faithfulness import minimality as minimality
 from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 
-__all__ = ["Circuit", "Flow", "trace_information_flow"]
+__all__ = [
+    "Circuit",
+    "Flow",
+    "completeness",
+    "discover",
+    "faithfulness",
+    "faithfulness_curve",
+    "minimality",
+    "trace_information_flow",
+]

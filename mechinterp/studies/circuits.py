@@ -14,8 +14,10 @@ from scipy import stats
 
 from mechinterp.core.display import ROWS, count, html_table
 from mechinterp.core.graph import Graph, Ints
+from mechinterp.core.metrics import Metric
 from mechinterp.core.result import Result
 from mechinterp.errors import NeedsError
+from mechinterp.model.model import Model
 from mechinterp.report.files import write_file
 
 if TYPE_CHECKING:
@@ -183,14 +185,29 @@ class Circuit:
         Raises:
             NeedsError: not such scores, or no such number.
         """
-        rows = np.asarray(resampled, np.float64)
-        if rows.ndim != 2 or rows.shape[1] != len(self.graph) or len(rows) < 2:
-            raise NeedsError(
-                f"The resampled of stability must be two or more rows of {len(self.graph):,} scores. Got {rows.shape}"
-            )
-        amount = min(_amount(len(self) if n is None else n, row) for row in (self.scores, *rows))
-        pairs, to_this = _agreement(np.stack([_top(row, amount, absolute) for row in (self.scores, *rows)]))
-        return {"stability": pairs, "stable": pairs >= STABLE, "to_this": to_this, "resamples": len(rows), "n": amount}
+        return _stability(self, resampled, n, absolute)
+
+    def faithfulness(self, model: Model, examples: Any, metric: Metric | None = None, **options: Any) -> Result:
+        """See `mechinterp.studies.faithfulness`."""
+        return self._tested("faithfulness", model, examples, metric, options)
+
+    def curve(self, model: Model, examples: Any, metric: Metric | None = None, **options: Any) -> Result:
+        """CPR and CMD: see `mechinterp.studies.faithfulness_curve`."""
+        return self._tested("faithfulness_curve", model, examples, metric, options)
+
+    def completeness(self, model: Model, examples: Any, metric: Metric | None = None, **options: Any) -> Result:
+        """See `mechinterp.studies.completeness`."""
+        return self._tested("completeness", model, examples, metric, options)
+
+    def minimality(self, model: Model, examples: Any, metric: Metric | None = None, **options: Any) -> Result:
+        """See `mechinterp.studies.minimality`."""
+        return self._tested("minimality", model, examples, metric, options)
+
+    def _tested(self, how: str, model: Model, examples: Any, metric: Metric | None, options: Meta) -> Result:
+        from importlib import import_module
+
+        tests: Any = import_module("mechinterp.studies.faithfulness")  # the package has a function of that name
+        return getattr(tests, how)(self, model, examples, metric, **options)
 
     @property
     def unstable(self) -> bool:
@@ -362,6 +379,17 @@ def _amount(n: int | float, scores: Floats) -> int:
         f"The n of a circuit's best edges must be a count up to {scored:,}, the edges that have a score,"
         f" or a share of all, a float in (0, 1]. Got {n!r}"
     )
+
+
+def _stability(circuit: Circuit, resampled: npt.ArrayLike, n: int | float | None, absolute: bool) -> dict[str, Any]:
+    rows = np.asarray(resampled, np.float64)
+    if rows.ndim != 2 or rows.shape[1] != len(circuit.graph) or len(rows) < 2:
+        raise NeedsError(
+            f"The resampled of stability must be two or more rows of {len(circuit.graph):,} scores. Got {rows.shape}"
+        )
+    amount = min(_amount(len(circuit) if n is None else n, row) for row in (circuit.scores, *rows))
+    pairs, to_this = _agreement(np.stack([_top(row, amount, absolute) for row in (circuit.scores, *rows)]))
+    return {"stability": pairs, "stable": pairs >= STABLE, "to_this": to_this, "resamples": len(rows), "n": amount}
 
 
 def _agreement(best: Mask) -> tuple[float, float]:

@@ -1,0 +1,250 @@
+"""Circuit discovery: score edges, choose as few as do what the model does."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from mechinterp.analyzers.edges import EdgeAttribution
+from mechinterp.analyzers.patching import ActivationPatching
+from mechinterp.core.graph import Graph
+from mechinterp.core.metrics import KL, Metric, logit_diff
+from mechinterp.core.tokens import Tokens
+from mechinterp.engine.edges import CutTo, EdgeRuns, examples_at_once, graph_of, run_circuits
+from mechinterp.engine.plan import Plan, PlannedPass
+from mechinterp.engine.runner import Progress, provenance, run
+from mechinterp.errors import NeedsError
+from mechinterp.model.model import Model, as_examples
+from mechinterp.studies.circuits import Circuit
+
+Method = Literal["eap", "eap-ig", "eap-ig-activations", "acdc", "activation-patching", "exact"]
+Kind = Literal["mixed", "attention_only", "mlp_only"]
+
+Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.floating]
+
+
+def discover(
+    model: Model,
+    pairs: Any,
+    method: Method = "eap-ig",
+    circuit_types: Sequence[Kind] = ("mixed",),
+    *,
+    metric: Metric | None = None,
+    size: int | float | None = None,
+    faithful: float = 0.85,
+    steps: int = 5,
+    ungrouped: bool = False,
+    candidates: int = 300,
+    threshold: float = 0.01,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: Progress | bool = False,
+) -> dict[str, Circuit]:
+    """Find the circuit of a behaviour on pairs of prompts; one for each type.
+
+    Edges are scored by one method, and the best (by size of score) are kept: as many as `size` says, or else the
+    fewest, of sizes that grow by a quarter, whose faithfulness on these pairs reaches `faithful`. Edges on no
+    path from the embedding to the logits are dropped.
+
+    - ``"eap"``, ``"eap-ig"``, ``"eap-ig-activations"``, ``"exact"``: `mechinterp.EdgeAttribution`.
+    - ``"activation-patching"``: nodes by their exact effect when noised (`mechinterp.ActivationPatching`: heads,
+      MLPs, embedding); an edge has the smaller score of its two ends.
+    - ``"acdc"`` (Conmy et al. 2023): begins with the `candidates` best edges of "eap-ig", goes from the logits
+      back through the receivers, and at each from its last sender to its first, and drops an edge where the KL
+      divergence from the model's own prediction rises by less than `threshold`. The order is part of the
+      result, and so are the candidates. Scores are those of "eap-ig"; `size` and `faithful` are not used.
+
+    Args:
+        circuit_types: ``"mixed"``; ``"attention_only"``, edges among embedding, heads and logits alone;
+            ``"mlp_only"``, among embedding, MLPs and logits alone. What is left out carries corrupted values.
+        metric: `logit_diff()` by default; what is scored, and what faithfulness is of.
+        size: number of edges, or as a float the share of all edges.
+        steps, ungrouped: as for `mechinterp.EdgeAttribution`.
+        threshold: ACDC's τ, in nats.
+    Returns:
+        circuit by type; its `meta` says method, metric, number of examples, ``faithfulness`` on these pairs, and
+        for ACDC how many edges were tried.
+    Raises:
+        NeedsError: an unknown method or type, or a number that is none; ExamplesError: as `run`.
+    """
+    _check(method, circuit_types, candidates, threshold, faithful)
+    chosen = metric or logit_diff()
+    graph, tokens = Graph.of(model, ungrouped), model.tokenize(as_examples(pairs))
+    graph_of(model, graph)
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    scores = _scores(model, pairs, graph, method, chosen, steps, options)
+    meta = provenance(model) | {"method": method, "metric": repr(chosen), "examples": len(tokens), "seed": seed}
+    found: dict[str, Circuit] = {}
+    for kind in circuit_types:
+        whole = Circuit(graph, np.where(_allowed(graph, kind), scores, np.nan), meta=meta | {"circuit_type": kind})
+        if method == "acdc":
+            found[kind] = _acdc(model, tokens, whole, candidates, threshold, batch_size, progress)
+        elif size is not None:
+            found[kind] = whole.top(size)
+        else:
+            found[kind] = _fewest(model, tokens, whole, chosen, faithful, batch_size)
+        found[kind] = _judged(model, tokens, found[kind].prune(), chosen, batch_size)
+    return found
+
+
+def _check(method: str, types: Sequence[str], candidates: int, threshold: float, faithful: float) -> None:
+    for name, given, known in (("method", (method,), get_args(Method)), ("circuit_types", types, get_args(Kind))):
+        if isinstance(given, str) or not given or not {*given} <= {*known}:
+            raise NeedsError(f"The {name} of discover must be some of {', '.join(map(repr, known))}. Got {given!r}")
+    if candidates < 1 or threshold < 0 or not faithful > 0:
+        raise NeedsError(
+            "The candidates of discover must be at least 1, its threshold not under 0, its faithful above 0. Got"
+            f" {candidates}, {threshold}, {faithful}"
+        )
+
+
+def _scores(
+    model: Model, pairs: Any, graph: Graph, method: Method, metric: Metric, steps: int, options: dict[str, Any]
+) -> Floats:
+    """Of every edge."""
+    if method == "activation-patching":
+        return edges_of_nodes(graph, node_effects(model, pairs, metric, options))
+    how: Any = {"eap-ig": "eap-ig-inputs", "acdc": "eap-ig-inputs"}.get(method, method)
+    asked = EdgeAttribution(how, metric, steps, graph.ungrouped)
+    return run(model, pairs, asked, **options).data["score"].values
+
+
+def node_effects(model: Model, pairs: Any, metric: Metric, options: dict[str, Any]) -> dict[str, float]:
+    """What the metric loses, on average, when a node alone carries the corrupted run's value: exact, by node."""
+    asked = [
+        ActivationPatching("z", metric, positions=None, heads="each", direction="noise"),
+        ActivationPatching("mlp_out", metric, positions=None, direction="noise"),
+        ActivationPatching("embed", metric, positions=None, direction="noise"),
+    ]
+    heads, mlps, embed = (
+        (result.data["clean"] - result.data["patched"]).mean("example")
+        for result in run(model, pairs, asked, **options)
+    )
+    n = model.dims.n_layers
+    out = {"embed": float(embed.values.reshape(-1)[0])}
+    for i in range(n):
+        out |= {f"a{i}.h{h}": float(heads.sel(layer=i, head=h)) for h in range(model.dims.n_heads)}
+        out[f"m{i}"] = float(mlps.sel(layer=i))
+    return out
+
+
+def edges_of_nodes(graph: Graph, effects: dict[str, float]) -> Floats:
+    """Each edge has the score of the end that is smaller in size; of a group's keys, the largest head is the end."""
+    sender, receiver = graph.ends
+    values = np.array([effects[name] for name in graph.senders])
+    ends = [max((effects.get(node, np.inf) for node in graph.nodes_of(r)), key=abs) for r in graph.receivers]
+    pair = np.stack([values[sender], np.array(ends)[receiver]])
+    return np.take_along_axis(pair, np.abs(pair).argmin(0)[None], 0)[0]
+
+
+def _allowed(graph: Graph, kind: Kind) -> Mask:
+    """Edges of a type of circuit."""
+    sender, receiver = graph.ends
+
+    def other(name: str) -> bool:
+        return name[0] == {"attention_only": "m", "mlp_only": "a"}.get(kind)
+
+    senders, receivers = (np.array([other(name) for name in names]) for names in (graph.senders, graph.receivers))
+    return ~(senders[sender] | receivers[receiver])
+
+
+def _fewest(
+    model: Model, tokens: Tokens, whole: Circuit, metric: Metric, faithful: float, batch_size: int | None
+) -> Circuit:
+    """The smallest of growing circuits that is faithful enough; all edges, with a warning, where none is."""
+    scored = int(np.isfinite(whole.scores).sum())
+    sizes = [scored]
+    while sizes[0] > 4:
+        sizes.insert(0, int(sizes[0] / 1.25))
+    sizes = [n for n in sizes if n >= min(4, scored)]
+    for begin in range(0, len(sizes), 4):  # most circuits are small
+        some = [whole.top(n) for n in sizes[begin : begin + 4]]
+        for circuit, share in zip(some, _faithfulness(model, tokens, some, metric, batch_size), strict=True):
+            if share >= faithful:
+                return circuit
+    warnings.warn(
+        f"no circuit of type {whole.meta['circuit_type']} reaches a faithfulness of {faithful}; all its edges are kept",
+        stacklevel=3,
+    )
+    return whole
+
+
+def _faithfulness(
+    model: Model, tokens: Tokens, circuits: Sequence[Circuit], metric: Metric, batch_size: int | None
+) -> Floats:
+    kept = np.stack([circuit.kept for circuit in circuits])
+    scores = run_circuits(model, tokens, circuits[0].graph, kept, metric, batch_size=batch_size)
+    return (scores.values.mean(1) - scores.empty.mean()) / (scores.full.mean() - scores.empty.mean())
+
+
+def _judged(model: Model, tokens: Tokens, circuit: Circuit, metric: Metric, batch_size: int | None) -> Circuit:
+    share = float(_faithfulness(model, tokens, [circuit], metric, batch_size)[0])
+    return replace(circuit, meta={**circuit.meta, "faithfulness": share})
+
+
+@dataclass
+class _Divergence:
+    """KL of circuits from the model's own prediction, mean over all examples; batches stay in memory."""
+
+    runs: list[EdgeRuns]
+    examples: int
+
+    @classmethod
+    def of(cls, model: Model, tokens: Tokens, graph: Graph, batch_size: int | None) -> "_Divergence":
+        size = batch_size or examples_at_once(model, tokens, graph)
+        cut: CutTo = "corrupted"
+        batches = [tokens.batch(rows, model.device) for rows in tokens.batches(size)]
+        return cls([EdgeRuns(model, batch, graph, KL(), cut_to=cut) for batch in batches], len(tokens))
+
+    def __call__(self, kept: Mask) -> float:
+        return sum(float(one.run(kept[None]).sum()) for one in self.runs) / self.examples
+
+    def begin_from(self, kept: Mask) -> None:
+        for one in self.runs:
+            one.begin_from(kept)
+
+
+def _acdc(
+    model: Model,
+    tokens: Tokens,
+    whole: Circuit,
+    candidates: int,
+    threshold: float,
+    batch_size: int | None,
+    progress: Progress | bool,
+) -> Circuit:
+    """Drop edges from the logits back, one at a time, where the divergence hardly rises."""
+    graph = whole.graph
+    begun = whole.top(min(candidates, int(np.isfinite(whole.scores).sum()))).prune()
+    kept, (sender, receiver) = begun.kept.copy(), graph.ends
+    divergence = _Divergence.of(model, tokens, graph, batch_size)
+    divergence.begin_from(kept)  # what is dropped later changes later layers only
+    now = divergence(kept)
+    edges = sorted(np.flatnonzero(kept).tolist(), key=lambda e: (-receiver[e], -sender[e]))
+    with ExitStack() as stack:
+        if progress is True:
+            from mechinterp.engine.progress import Bar
+
+            progress = stack.enter_context(Bar())
+        tell: Callable[[], None] = lambda: None  # noqa: E731
+        if progress:
+            rows, n = len(edges), graph.n_layers
+            cost = rows * sum(tokens.lengths) * n
+            line = PlannedPass("sweep", "ACDC", (), len(tokens), len(divergence.runs), n, 0, rows, cost, 0)
+            progress.begin(Plan((line,)), 1)
+            tell = lambda: progress.advance("sweep_rows", 1)  # noqa: E731
+        for edge in edges:
+            kept[edge] = False
+            without = divergence(kept)
+            if without - now < threshold:
+                now = without
+            else:
+                kept[edge] = True
+            tell()
+    meta = {**whole.meta, "threshold": threshold, "tried": len(edges), "kl": now}
+    return Circuit(graph, whole.scores, kept, meta)
