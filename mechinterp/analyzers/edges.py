@@ -101,6 +101,8 @@ class EdgeAttribution(Analyzer):
         mask = batch.examples.mask
         values = batch.values["clean"] if self.method == "eap" else batch.clean
         start = 0 if self.method == "exact" else _first_difference(batch.examples)
+        # Before the senders' tensor is made, so that it does not lie beside a backward pass.
+        averaged = list(self._averaged(batch, graph, "inputs", start, ("q", 0))) if "inputs" in self.method else []
         changed = _changed(batch.model, graph, values, batch.corrupted, mask, start)
         if self.method == "exact":
             scores = self._exact(batch, graph, changed)
@@ -108,7 +110,7 @@ class EdgeAttribution(Analyzer):
             read = _pull_back(batch.model, graph, batch.grads["clean"], batch.values["clean"], start)
             scores = self._product(graph, changed, read)
         elif self.method == "eap-ig-inputs":
-            scores = self._product(graph, changed, self._averaged(batch, graph, "inputs", start, ("q", 0)))
+            scores = self._product(graph, changed, iter(averaged))
         else:
             scores = self._along_activations(batch, graph, changed, start)
         if self.intervals:

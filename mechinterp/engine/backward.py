@@ -19,7 +19,7 @@ from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, real, select
 from mechinterp.sites import Site, resolve
 
-KEPT = 1 << 29
+KEPT = 1 << 26
 """Bytes of gradients that one analyzer alone wants, and that are kept while it looks at others."""
 Made = tuple[Mapping[Read, Tensor], Mapping[Read, Tensor]]
 """Gradients, and values of the same pass."""

@@ -69,14 +69,24 @@ class EdgeRuns:
         self.clean = clean
         self.full = score(metric, self.batch, clean, clean)
         """Metric of the clean run, ``example``."""
+        self.first = self._first_difference() if cut_to == "corrupted" else 0
+        """The column from which on circuits can differ; before it, all runs are one."""
         self.reference = self._reference(cut_to, means)
         """What stands at the sites of senders, and on the residual stream, where every edge is cut."""
         self.changed = self._changed({site: clean.values[Read(site)] for site in sites})
-        """What senders of the clean run write less what they write in the reference, ``sender example pos d_model``."""
+        """What senders of `start` write less what they write in the reference, ``sender example pos d_model``."""
         self.start: Kept = np.ones(len(graph), bool)
         """The circuit that `changed` is of: at first all edges."""
         self.rotary = self._rotary()
         self._plain: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _first_difference(self) -> int:
+        differs = (self.batch.ids != self.batch.run("corrupted").ids).any(0)
+        return int(differs.int().argmax()) if bool(differs.any()) else len(differs) - 1
+
+    def _rest(self, site: Site) -> Tensor:
+        """The reference in the columns where circuits can differ."""
+        return self.reference[site][:, self.first :]
 
     def _reference(self, cut_to: CutTo, means: Mapping[Site, Tensor] | None) -> dict[Site, Tensor]:
         n = self.n
@@ -106,19 +116,19 @@ class EdgeRuns:
         return out
 
     def _changed(self, values: Mapping[Site, Tensor]) -> Tensor:
-        reference, heads = self.reference, self.graph.n_heads
-        embed = values[Site("embed")]
-        out = torch.empty(len(self.graph.senders), *embed.shape, device=embed.device)
-        out[0] = embed.float() - reference[Site("embed")].float()
+        heads = self.graph.n_heads
+        embed = values[Site("embed")][:, self.first :].float() - self._rest(Site("embed")).float()
+        out = embed.new_empty(len(self.graph.senders), *embed.shape)
+        out[0] = embed
         for i in range(self.n):
             first = 1 + i * (heads + 1)
-            out[first : first + heads] = self._heads(i, values[Site("z", i)])
-            out[first + heads] = values[Site("mlp_out", i)].float() - reference[Site("mlp_out", i)].float()
+            out[first : first + heads] = self._heads(i, values[Site("z", i)][:, self.first :])
+            out[first + heads] = (values[Site("mlp_out", i)][:, self.first :] - self._rest(Site("mlp_out", i))).float()
         return out
 
     def _heads(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "head row pos d_model"]:
         """What heads write less what they write in the reference."""
-        old = self.reference[Site("z", layer)]
+        old = self._rest(Site("z", layer))
         new = z.reshape(-1, *old.shape) - old  # several circuits of the same examples
         by_head = new.flatten(0, 2).transpose(0, 1)
         return (by_head @ self.model.W_O(layer)).float().unflatten(1, z.shape[:2])
@@ -162,35 +172,39 @@ class EdgeRuns:
     def begin_from(self, kept: Kept) -> None:
         """Let circuits to come be run from where they first differ from this one, ``edge``, and not from all edges."""
         entry = int(self._entries(kept[None])[0])
-        self.changed = self._changes(kept[None], entry)[0]
+        self.changed = self._changes(kept[None], entry, np.ones(len(self.graph.senders), bool))[0]
         self.start = kept.copy()
 
-    def _changes(self, kept: Kept, entry: int) -> Float[Tensor, "circuit sender row pos d_model"]:
-        """What senders of circuits change, which are `start` before layer `entry`."""
+    def _changes(
+        self, kept: Kept, entry: int, heard: npt.NDArray[np.bool_]
+    ) -> Float[Tensor, "circuit sender row pos d_model"]:
+        """What senders of circuits change, which are `start` before layer `entry`; of others than `heard`, anything."""
         circuits, heads = len(kept), self.graph.n_heads
         masks = torch.as_tensor(kept, device=self.batch.ids.device)
         known = 1 + entry * (heads + 1)  # senders before the entry
-        changed = self.changed.new_empty(circuits, *self.changed.shape)
+        changed = self.changed.new_zeros(circuits, *self.changed.shape)
         changed[:, :known] = self.changed[:known]
         for layer in range(entry, self.n):
             first = 1 + layer * (heads + 1)
-            z = self._attention(layer, masks, changed[:, :first])
-            changed[:, first : first + heads] = self._heads(layer, z).unflatten(1, (circuits, -1)).transpose(0, 1)
-            place, _ = self.graph.into("mlp", layer)
-            mlp = self._mlp(layer, masks[:, None, place], changed[:, : first + heads])
-            changed[:, first + heads] = mlp
+            if heard[first : first + heads].any():
+                z = self._attention(layer, masks, changed[:, :first])
+                changed[:, first : first + heads] = self._heads(layer, z).unflatten(1, (circuits, -1)).transpose(0, 1)
+            if heard[first + heads]:
+                place, _ = self.graph.into("mlp", layer)
+                changed[:, first + heads] = self._mlp(layer, masks[:, None, place], changed[:, : first + heads])
         return changed
 
     def _fly(self, kept: Kept, entry: int) -> Float[Tensor, "circuit example"]:
         """The metric of circuits that are `start` before layer `entry`."""
-        masks, changed = torch.as_tensor(kept, device=self.batch.ids.device), self._changes(kept, entry)
+        heard = np.bincount(self.graph.ends[0][kept.any(0)], minlength=len(self.graph.senders)) > 0
+        masks, changed = torch.as_tensor(kept, device=self.batch.ids.device), self._changes(kept, entry, heard)
         place, _ = self.graph.into("logits")
-        where = self.batch.where(self.metric.positions)
-        final = self._input(Site("resid_post", self.n - 1), masks[:, None, place], changed)[:, 0]
+        where, last = self.batch.where(self.metric.positions), Site("resid_post", self.n - 1)
         scores: list[Tensor] = []
         rows = self.metric.rows(self.batch)
-        for one in final:
-            at = select(one.to(self.model.dtype), Site("final_norm"), where)
+        for one in self._input(last, masks[:, None, place], changed)[:, 0]:
+            final = torch.cat([self.reference[last][:, : self.first], one.to(self.model.dtype)], 1)
+            at = select(final, Site("final_norm"), where)
             passed = Passed({}, {self.metric: self.model.unembed(self.model.norm(at), rows)}, {self.metric: rows})
             scores.append(score(self.metric, self.batch, passed, self.clean))
         return torch.stack(scores)
@@ -199,7 +213,10 @@ class EdgeRuns:
         self, site: Site, masks: Tensor, changed: Float[Tensor, "circuit sender row pos d_model"]
     ) -> Float[Tensor, "circuit receiver row pos d_model"]:
         """What receivers read: the reference's residual stream and all changes that reach them, in fp32."""
-        rest = self.reference[site].float()
+        rest = self._rest(site).float()
+        used = masks.any(1).any(0)
+        if int(used.sum()) * 2 < len(used):  # a small circuit: read those senders alone
+            masks, changed = masks[:, :, used], changed[:, used]
         flat = torch.bmm(masks.to(changed.dtype), changed.flatten(2))
         return flat.view(*masks.shape[:2], *rest.shape).add_(rest)
 
@@ -208,7 +225,7 @@ class EdgeRuns:
     ) -> Float[Tensor, "flight pos head d_head"]:
         """z of every circuit and example, one after the other."""
         module: Any = self.model.hf.get_submodule(f"{self.model.arch.layer(layer)}.self_attn")
-        q, k, v = (self._project(kind, layer, masks, changed) for kind in "qkv")
+        q, k, v = self._project(layer, masks, changed)
         if self.model.arch.qk_norm:
             q, k = module.q_norm.forward(q), module.k_norm.forward(k)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
@@ -216,52 +233,56 @@ class EdgeRuns:
             turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
             q, k = turn(q, k, *self.rotary)
         steps = torch.arange(q.shape[2], device=q.device)
-        distance = steps[:, None] - steps
+        distance = steps[self.first :, None] - steps
         visible = distance >= 0
         if (window := self.model.dims.windows[layer]) is not None:
             visible &= distance < window
         z = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, scale=float(module.scaling), enable_gqa=True
+            q[:, :, self.first :], k, v, attn_mask=visible, scale=float(module.scaling), enable_gqa=True
         )
         return z.transpose(1, 2)
 
     def _project(
-        self, kind: str, layer: int, masks: Tensor, changed: Float[Tensor, "circuit sender row pos d_model"]
-    ) -> Float[Tensor, "flight pos head d_head"]:
-        """Queries, keys or values of all heads, each from an input of its own."""
-        place, (count, reach) = self.graph.into(kind, layer)
-        mine = masks[:, place].view(len(masks), count, reach)
-        circuits = len(masks)
-        plain = self._plain_projection(kind, layer)  # row pos head d_head
-        out = plain.repeat(circuits, 1, 1, 1)
-        reached = mine.flatten(2).any(2).any(0).nonzero()[:, 0]  # nothing reaches the others in any circuit
-        if len(reached):
-            norm: Any = self.model.hf.get_submodule(f"{self.model.arch.layer(layer)}.input_layernorm")
-            into = self._input(Site("resid_pre", layer), mine[:, reached], changed)
-            read = norm.forward(into).to(self.model.dtype)  # circuit receiver row pos d_model
+        self, layer: int, masks: Tensor, changed: Float[Tensor, "circuit sender row pos d_model"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, each from an input of its own, ``flight column head d_head``."""
+        graph, circuits = self.graph, len(masks)
+        counts = (graph.n_heads, graph.keys, graph.keys)
+        mine = torch.cat([masks[:, graph.into(kind, layer)[0]] for kind in "qkv"], 1).view(circuits, sum(counts), -1)
+        reached = mine.any(2).any(0)  # nothing reaches the others in any circuit
+        out = [each.repeat(circuits, 1, 1, 1) for each in self._plain_projections(layer)]
+        if not bool(reached.any()):
+            return out[0], out[1], out[2]
+        norm: Any = self.model.hf.get_submodule(f"{self.model.arch.layer(layer)}.input_layernorm")
+        read = norm.forward(self._input(Site("resid_pre", layer), mine[:, reached], changed)).to(self.model.dtype)
+        flat = read.flatten(2, 3).transpose(0, 1).flatten(1, 2)  # receiver, all tokens, d_model
+        shape, first = (circuits * read.shape[2], read.shape[3], -1), 0
+        for kind, some, into in zip("qkv", reached.split(counts), out, strict=True):
             weight, bias = self._weights(kind, layer)
-            new = read.flatten(2, 3).transpose(0, 1).flatten(1, 2) @ weight[reached]  # receiver, all tokens, d_head
-            new = new if bias is None else new + bias[reached, None]
-            new = new.view(len(reached), circuits * plain.shape[0], plain.shape[1], -1)
-            out[:, :, reached] = new.permute(1, 2, 0, 3)
-        return out
+            if not (number := int(some.sum())):
+                continue
+            new = flat[first : first + number] @ weight[some]
+            new = new if bias is None else new + bias[some, None]
+            into[:, self.first :, some] = new.view(number, *shape).permute(1, 2, 0, 3)
+            first += number
+        return out[0], out[1], out[2]
 
     def _weights(self, kind: str, layer: int) -> tuple[Tensor, Tensor | None]:
         """By receiver: ``receiver d_model d_head`` and ``receiver d_head``."""
         return self.model.projection(kind, layer, per_query_head=self.graph.ungrouped)
 
-    def _plain_projection(self, kind: str, layer: int) -> Float[Tensor, "row pos head d_head"]:
-        """What all receivers have that no edge reaches."""
+    def _plain_projections(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of receivers that no edge reaches, ``example pos head d_head``."""
         if layer not in self._plain:
             norm: Any = self.model.hf.get_submodule(f"{self.model.arch.layer(layer)}.input_layernorm")
             read = norm.forward(self.reference[Site("resid_pre", layer)])
 
-            def through(one: str) -> Tensor:
-                weight, bias = self._weights(one, layer)
+            def through(kind: str) -> Tensor:
+                weight, bias = self._weights(kind, layer)
                 return torch.einsum("bpd,hde->bphe", read, weight) + (0 if bias is None else bias)
 
             self._plain[layer] = through("q"), through("k"), through("v")
-        return self._plain[layer]["qkv".index(kind)]
+        return self._plain[layer]
 
     def _mlp(
         self, layer: int, masks: Tensor, changed: Float[Tensor, "circuit sender row pos d_model"]
@@ -271,7 +292,7 @@ class EdgeRuns:
         into = self._input(Site("resid_mid", layer), masks, changed)[:, 0]
         read = block.post_attention_layernorm.forward(into).to(self.model.dtype)
         out: Tensor = block.mlp(read.flatten(0, 1))
-        return out.float().unflatten(0, into.shape[:2]) - self.reference[Site("mlp_out", layer)].float()
+        return out.float().unflatten(0, into.shape[:2]) - self._rest(Site("mlp_out", layer)).float()
 
 
 @dataclass(frozen=True)
