@@ -1,4 +1,4 @@
-"""mechinterp demo, run, patch, trace, look and verify.
+"""mechinterp demo, run, patch, trace, circuit, look and verify.
 
 Exit status: 0, 1 for a failure (one line on standard error; --debug shows the traceback), 2 for
 wrong usage, 130 after Ctrl-C.
@@ -15,6 +15,7 @@ import typer
 
 import mechinterp as mi
 from mechinterp.cli.causal import patch, trace
+from mechinterp.cli.circuit import circuit
 from mechinterp.cli.study import (
     Adapter,
     Debug,
@@ -136,6 +137,7 @@ def run(
 
 app.command()(patch)
 app.command()(trace)
+app.command()(circuit)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import hashlib
 import html
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,9 @@ from mechinterp.core.display import visible
 from mechinterp.core.result import Result, View
 from mechinterp.report.figures import plotly_figure
 from mechinterp.report.panels import ALPHA, labels, rows
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 ROWS = 12
 """Rows of each table on the page; all of them are in the files beside it."""
@@ -63,6 +66,7 @@ def page(
     manifest: Mapping[str, Any],
     summary: Sequence[str] = (),
     explanations: Mapping[str, str] | None = None,
+    drawings: "Mapping[str, go.Figure] | None" = None,
 ) -> str:
     """The page as text. Arguments as for `write_study`, with results by name.
 
@@ -73,12 +77,6 @@ def page(
         OutputError: a view does not fit its result.
     """
     explanations = explanations or {}
-    library = get_plotlyjs()
-    scripts = " ".join(f"'sha256-{_hash(s)}'" for s in (library, _BOOT))
-    policy = (
-        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:;"
-        " base-uri 'none'; form-action 'none'"
-    )
     body = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="quiet">{_text(_subtitle(manifest))}</p>',
@@ -87,16 +85,40 @@ def page(
     if summary:
         body.append(f'<ul class="findings">{"".join(f"<li>{_text(s)}</li>" for s in summary)}</ul>')
     figures: list[str] = []
+    for name, drawing in (drawings or {}).items():
+        body += [f"<h2>{_text(name)}</h2>", f'<div class="row">{_figure(drawing, figures)}</div>']
     for name, result in results.items():
         body.append(_section(name, result, explanations, figures))
+    if plan or not drawings:
+        body += [
+            "<h2>What was shared</h2>",
+            '<p class="quiet">Passes through the model, as planned before anything ran, and who was served by'
+            " each.</p>",
+            f"<pre>{_text(plan)}</pre>",
+        ]
     body += [
-        "<h2>What was shared</h2>",
-        '<p class="quiet">Passes through the model, as planned before anything ran, and who was served by each.</p>',
-        f"<pre>{_text(plan)}</pre>",
         "<h2>Manifest</h2>",
         '<p class="quiet">What these numbers depend on; also in manifest.json.</p>',
         _manifest(manifest),
     ]
+    return _document(title, body, figures)
+
+
+def drawing_page(title: str, drawing: "go.Figure") -> str:
+    """One figure alone, as a page that opens offline and is as closed as `page`."""
+    figures: list[str] = []
+    body = ["<noscript><p>This figure needs JavaScript.</p></noscript>", _figure(drawing, figures)]
+    return _document(title, body, figures)
+
+
+def _document(title: str, body: Sequence[str], figures: Sequence[str]) -> str:
+    """The whole page around its body and the JSON of its figures."""
+    library = get_plotlyjs()
+    scripts = " ".join(f"'sha256-{_hash(s)}'" for s in (library, _BOOT))
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:;"
+        " base-uri 'none'; form-action 'none'"
+    )
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -108,6 +130,15 @@ def page(
             f"<script>{library}</script>\n<script>{_BOOT}</script>\n</body>\n</html>\n",
         ]
     )
+
+
+def _figure(drawing: "go.Figure", figures: list[str]) -> str:
+    """The place of a figure on the page; adds its JSON to `figures`."""
+    number = f"figure-{len(figures)}"
+    # "<" in a string of the JSON could otherwise end the script element that holds it
+    safe = (drawing.to_json() or "{}").replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    figures.append(f'<script type="application/json" id="{number}">{safe}</script>')
+    return f'<div class="figure"><div data-figure="{number}"></div></div>'
 
 
 def _section(name: str, result: Result, explanations: Mapping[str, str], figures: list[str]) -> str:
@@ -123,19 +154,15 @@ def _section(name: str, result: Result, explanations: Mapping[str, str], figures
     if options:
         out.append(f'<p class="quiet">Options: {_text(options)}.</p>')
     if not result.views:
-        out.append(_table(result.table().head(ROWS), f"first rows of {len(result.table())}"))
+        frame = result.table()
+        out.append(_table(frame.head(ROWS), f"first rows of {len(frame)}" if len(frame) > 1 else ""))
     for view in result.views:
         if rows(result, view).empty:
             title = view.title or view.value
             out.append(f'<p class="quiet">{_text(title)}: nothing to show, every {_text(view.value)} is missing.</p>')
             continue
-        number = f"figure-{len(figures)}"
-        content = plotly_figure(result, view).to_json() or "{}"
-        # "<" in a string of the JSON could otherwise end the script element that holds it
-        safe = content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        figures.append(f'<script type="application/json" id="{number}">{safe}</script>')
         beside = "" if view.text is not None else f'<div class="numbers">{_numbers(result, view)}</div>'
-        out.append(f'<div class="row"><div class="figure"><div data-figure="{number}"></div></div>{beside}</div>')
+        out.append(f'<div class="row">{_figure(plotly_figure(result, view), figures)}{beside}</div>')
     return "\n".join(out)
 
 

@@ -3,10 +3,22 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mechinterp.core.result import Result
-from mechinterp.report.files import check_target, encode, named, put_result, whole_folder, write_figures, write_tables
+from mechinterp.report.files import (
+    check_target,
+    encode,
+    named,
+    put_result,
+    slug,
+    whole_folder,
+    write_figures,
+    write_tables,
+)
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 MANIFEST = "manifest.json"
 REPORT = "report.html"
@@ -30,6 +42,8 @@ def write_study(
     manifest: Mapping[str, Any],
     summary: Sequence[str] = (),
     explanations: Mapping[str, str] | None = None,
+    drawings: "Mapping[str, go.Figure] | None" = None,
+    files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``tables/``, ``figures/``, ``results/``, ``report.html`` and ``manifest.json`` into `folder`.
 
@@ -37,16 +51,18 @@ def write_study(
     them, nothing is left and an earlier study stays.
 
     Args:
-        plan: what was shared, as text.
+        plan: what was shared, as text; with drawings, it may be empty.
         manifest: what the numbers depend on: versions, model, seed; plain values.
         summary: findings, a sentence each.
         explanations: analyzer name → what it does; an empty line between paragraphs.
+        drawings: heading → a figure of no result's view, for the page and, as a page of its own, ``figures/``.
+        files: name → text of further files beside the report.
     Returns:
         The path of the report.
     Raises:
         OutputError: `folder` holds something else, or cannot be written.
     """
-    from mechinterp.report.html import page
+    from mechinterp.report.html import drawing_page, page
 
     by_name = named(results)
     with whole_folder(folder, MANIFEST) as scratch:
@@ -54,9 +70,16 @@ def write_study(
         write_figures(by_name, scratch / "figures")
         for name, result in by_name.items():
             put_result(result, scratch / "results" / name)
-        html = page(title, by_name, plan=plan, manifest=manifest, summary=summary, explanations=explanations or {})
+        for name, drawing in (drawings or {}).items():
+            alone = drawing_page(f"{name}: {title}", drawing)
+            (scratch / "figures" / f"{slug(name)}.html").write_text(alone, encoding="utf-8")
+        for name, text in (files or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
+        html = page(
+            title, by_name, plan=plan, manifest=manifest, summary=summary, explanations=explanations, drawings=drawings
+        )
         (scratch / REPORT).write_text(html, encoding="utf-8")
-        files = sorted([p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file()] + [MANIFEST])
-        content = {"format": "mechinterp-study-1", "title": title, **manifest, "files": files}
+        there = sorted([p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file()] + [MANIFEST])
+        content = {"format": "mechinterp-study-1", "title": title, **manifest, "files": there}
         (scratch / MANIFEST).write_text(json.dumps(encode(content, "manifest"), indent=2) + "\n", encoding="utf-8")
     return Path(folder) / REPORT

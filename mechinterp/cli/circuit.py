@@ -1,0 +1,300 @@
+"""mechinterp circuit: which edges a behaviour needs, and whether they do what the model does."""
+
+import inspect
+import shlex
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import mechinterp as mi
+from mechinterp.cli.causal import BatchSize
+from mechinterp.cli.study import (
+    PROVENANCE,
+    Adapter,
+    Debug,
+    Device,
+    Dtype,
+    ModelArgument,
+    Out,
+    Seed,
+    check_format,
+    check_out,
+    read_examples,
+    reported,
+)
+from mechinterp.core.display import count
+from mechinterp.errors import ExamplesError
+
+if TYPE_CHECKING:
+    from mechinterp.studies import Circuit
+
+FAITHFUL = 0.85
+MOST_CUT = 200
+"""Edges of the largest circuit from which each edge is cut alone."""
+NAMED, ALPHA = 5, 0.05
+
+
+class Method(StrEnum):
+    eap = "eap"
+    eap_ig = "eap-ig"
+    eap_ig_activations = "eap-ig-activations"
+    acdc = "acdc"
+    activation_patching = "activation-patching"
+    exact = "exact"
+
+
+class Kind(StrEnum):
+    mixed = "mixed"
+    attention_only = "attention_only"
+    mlp_only = "mlp_only"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One circuit, and what was measured of it."""
+
+    name: str
+    """What its headings and files add to theirs; empty where there is only one."""
+    circuit: "Circuit"
+    faithfulness: "mi.Result"
+    curve: "mi.Result | None"
+    minimality: "mi.Result | None"
+
+
+def circuit(
+    model: ModelArgument,
+    pairs: Annotated[
+        Path, typer.Argument(metavar="PAIRS", help="A .jsonl or .csv file: clean, corrupted, answer, wrong.")
+    ],
+    method: Annotated[Method, typer.Option("--method", help="What scores the edges.")] = Method.eap_ig,
+    kinds: Annotated[
+        list[Kind] | None,
+        typer.Option("--type", help="What edges are among; repeat for several. By default mixed."),
+    ] = None,
+    edges: Annotated[int | None, typer.Option("--edges", min=1, help="How many edges,")] = None,
+    share: Annotated[float | None, typer.Option("--share", help="or which share of all, such as 0.01;")] = None,
+    faithful: Annotated[
+        float | None,
+        typer.Option("--faithful", help=f"else as few as are this faithful ({FAITHFUL})."),
+    ] = None,
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", metavar="FILE", help="Other pairs, to test the circuit on.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of integrated gradients.")] = 5,
+    ungrouped: Annotated[
+        bool, typer.Option("--ungrouped", help="Keys and values of each head, not of each group of heads.")
+    ] = False,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="acdc: edges that it begins with.")] = 300,
+    threshold: Annotated[
+        float, typer.Option("--threshold", min=0, help="acdc: KL, in nats, that an edge must be worth.")
+    ] = 0.01,
+    curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Faithfulness by size, CPR and CMD.")] = True,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-circuit"),
+    debug: Debug = False,
+) -> None:
+    """Circuit discovery: the edges between heads and MLPs that a behaviour needs, and how faithful they are.
+
+    An edge outside the circuit carries the corrupted prompt's value. Faithfulness 1 is the whole model's
+    logit difference of right and wrong answer, 0 that with every edge cut.
+    """
+    check_format(pairs, "PAIRS")
+    check_format(held_out or pairs, "--held-out")
+    _check_size(method, edges, share, faithful)
+    options: dict[str, Any] = {"size": edges if share is None else share, "faithful": faithful or FAITHFUL}
+    options |= {"steps": steps, "ungrouped": ungrouped, "candidates": candidates, "threshold": threshold}
+    types = [kind.value for kind in dict.fromkeys(kinds or [Kind.mixed])]
+    with reported(debug):
+        check_out(out)
+        examples, tested = _read(pairs), _read(held_out or pairs)
+        begun = time.perf_counter()
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
+        typer.echo(f"{loaded}\n")
+        ready = time.perf_counter()
+        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": True}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no circuit of type")  # the summary says it
+            circuits = mi.studies.discover(loaded, examples, method.value, types, **options, **common)
+        found = [
+            _test(f" ({kind.replace('_', ' ')})" if len(types) > 1 else "", one, loaded, tested, curve, common)
+            for kind, one in circuits.items()
+        ]
+        ran = time.perf_counter()
+        summary = _summary(found, options, len(tested), held_out)
+        for line in summary:
+            typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
+        manifest = {
+            **{key: value for key, value in found[0].circuit.meta.items() if key in PROVENANCE},
+            "circuit": {"method": method.value, "types": types, **options},
+            "examples": str(pairs),
+            "n_examples": len(examples),
+            "held_out": str(held_out or "none"),
+            "command": shlex.join(["mechinterp", *sys.argv[1:]]),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": {"load": round(ready - begun, 2), "run": round(ran - ready, 2)},
+        }
+        typer.echo("\nwriting tables, figures and the report ...", err=True)
+        report = _write(out, f"Circuit of {pairs.name} in {Path(model).name}", found, manifest, summary)
+        typer.echo(f"\nreport: {report}")
+
+
+def _check_size(method: Method, edges: int | None, share: float | None, faithful: float | None) -> None:
+    """Refuse a size that makes no sense before anything is read."""
+    sizes = {"--edges": edges, "--share": share, "--faithful": faithful}
+    given = [name for name, value in sizes.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"give {given[0]} or {given[1]}, and not both")
+    if given and method is Method.acdc:
+        raise typer.BadParameter(f"acdc goes by --threshold; leave out {given[0]}", param_hint=given[0])
+    if share is not None and not 0 < share <= 1:
+        raise typer.BadParameter(f"must be above 0 and at most 1. Got {share}", param_hint="--share")
+    if faithful is not None and not faithful > 0:
+        raise typer.BadParameter(f"must be above 0. Got {faithful}", param_hint="--faithful")
+
+
+def _read(path: Path) -> "mi.Examples":
+    examples = read_examples(path)
+    if examples.corrupted is None or examples.answers is None or len(examples.answers[0]) < 2:
+        raise ExamplesError(f"{path} has no pairs; give every row clean, corrupted, answer and wrong")
+    return examples
+
+
+def _test(
+    name: str, one: "Circuit", model: "mi.Model", pairs: "mi.Examples", curve: bool, options: dict[str, Any]
+) -> Found:
+    """Measure a circuit. The results get names of their own, and the curve an axis that shows all its sizes."""
+    faithfulness = mi.studies.faithfulness(one, model, pairs, **options).with_meta(analyzer=f"Faithfulness{name}")
+    along = minimal = None
+    if curve:
+        along = mi.studies.faithfulness_curve(one, model, pairs, **options)
+        shares = [f"{fraction:.3g}" for fraction in 100 * along.data["fraction"].values]
+        data = along.data.assign_coords({"% of edges": ("fraction", shares)})
+        views = tuple(replace(view, x="% of edges") for view in along.views)
+        along = mi.Result(data, {**along.meta, "analyzer": f"FaithfulnessCurve{name}"}, views)
+    if 0 < len(one) <= MOST_CUT:
+        minimal = mi.studies.minimality(one, model, pairs, **options).with_meta(analyzer=f"Minimality{name}")
+    return Found(name, one, faithfulness, along, minimal)
+
+
+def _summary(found: Sequence[Found], options: dict[str, Any], n: int, held_out: Path | None) -> list[str]:
+    """What was found, in sentences."""
+    full: Any = found[0].faithfulness.data["full"].values
+    on = "that it was found on, which flatters it (--held-out takes others)"
+    on = f"of {held_out.name}, other than those it was found on" if held_out else on
+    out = [
+        f"Task: the model prefers the right answer on {int((full > 0).sum())} of {count(n, 'pair')}; mean logit"
+        f" difference {float(full.mean()):.2f}."
+    ]
+    for one in found:
+        out += [_size(one, options), _faithfulness(one, f"the {count(n, 'pair')} {on}")]
+        out += [_curve(one)] if one.curve is not None else []
+        if edges := [f"{u} → {v} {score:+.2f}" for u, v, score in one.circuit.edges.head(NAMED).to_numpy()]:
+            out.append(f"Strongest edges{one.name}: {', '.join(edges)}.")
+        out += [_minimality(one.minimality, one.name)] if one.minimality is not None else []
+    return out
+
+
+def _size(one: Found, options: dict[str, Any]) -> str:
+    """How many edges, and why so many."""
+    meta, graph = one.circuit.meta, one.circuit.graph
+    size, goal = options["size"], f"faithfulness {options['faithful']:g}"
+    why = f"the fewest of the largest scores of {meta['method']} that reach {goal}"
+    if meta["method"] == Method.acdc:
+        why = f"what acdc kept of {meta['tried']:,} candidates, each worth {meta['threshold']:g} nats or more"
+    elif size is not None:
+        asked = size if isinstance(size, int) else max(1, round(size * len(graph)))
+        why = f"those of the {asked:,} largest scores of {meta['method']} that are on a path to the logits"
+    elif not meta["faithfulness"] >= options["faithful"]:
+        why = f"all that are on a path to the logits, for no fewer reach {goal}"
+    said = f"Circuit{one.name}: {len(one.circuit):,} of {len(graph):,} edges"
+    return f"{said} ({100 * len(one.circuit) / len(graph):.2g}%), {count(len(one.circuit.nodes), 'node')}; {why}."
+
+
+def _faithfulness(one: Found, where: str) -> str:
+    data: Any = one.faithfulness.data
+    share, low, high = (float(data[name]) for name in ("faithfulness", "ci_low", "ci_high"))
+    means = {name: f"{float(data[name].mean()):.2f}" for name in ("circuit", "full", "empty")}
+    return (
+        f"Faithfulness{one.name}: {_interval(share, low, high)} on {where}; mean logit difference {means['circuit']},"
+        f" the whole model's {means['full']}, and {means['empty']} with every edge cut."
+    )
+
+
+def _curve(one: Found) -> str:
+    from mechinterp.studies.faithfulness import summary
+
+    assert one.curve is not None
+    row: Any = summary({"": one.curve}).iloc[0]
+    cpr, cmd = (_interval(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for name in ("cpr", "cmd"))
+    told = f"CPR {cpr}, most positive scores first, higher is better; CMD {cmd}, largest first, lower is better"
+    return f"Curve{one.name}, over all sizes: {told}."
+
+
+def _minimality(result: "mi.Result", name: str) -> str:
+    frame: Any = result.table("loss")
+    needed, first = int(((frame["q"] < ALPHA) & (frame["loss"] > 0)).sum()), frame.iloc[0]
+    said = f"{needed} of {count(len(frame), 'edge')} lose faithfulness when cut alone (q < .05)"
+    if frame["q"].isna().all():
+        said = "too few pairs for a test of single edges"
+    loss = _interval(first["loss"], first["ci_low"], first["ci_high"])
+    return f"Minimality{name}: {said}; the largest loss is {loss}, of {first['sender']} → {first['receiver']}."
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    """``0.88 (95% interval 0.80 to 0.95)``; NaN: too few pairs."""
+    said = "not defined" if value != value else f"{value:.2f}"
+    return said if low != low else f"{said} (95% interval {low:.2f} to {high:.2f})"
+
+
+def _write(out: Path, title: str, found: Sequence[Found], manifest: dict[str, Any], summary: Sequence[str]) -> Path:
+    from mechinterp.report.files import slug
+    from mechinterp.report.study import write_study
+    from mechinterp.studies.circuit_figure import write_json
+
+    results: list[mi.Result] = []
+    files, explanations = dict[str, str](), dict[str, str]()
+    for one in found:
+        tests = (("faithfulness", one.faithfulness), ("faithfulness_curve", one.curve), ("minimality", one.minimality))
+        there = [(how, result) for how, result in tests if result is not None]
+        results += [*_tables(one), *(result for _, result in there)]
+        for how, result in there:  # what its docstring says first
+            told = (inspect.getdoc(getattr(mi.studies, how)) or "").split("\n\n")
+            explanations[str(result.meta["analyzer"])] = "\n\n".join(takewhile(lambda p: p[:6] != "Result", told))
+        stem = slug(f"circuit{one.name}")
+        files |= {f"{stem}.json": write_json(one.circuit), f"{stem}.dot": one.circuit.dot()}
+    drawings = {f"Circuit{one.name}": one.circuit.figure() for one in found}
+    more: dict[str, Any] = {"explanations": explanations, "drawings": drawings, "files": files}
+    return write_study(out, title, results, plan="", manifest=manifest, summary=summary, **more)
+
+
+def _tables(one: Found) -> "list[mi.Result]":
+    """The circuit's edges and nodes as results, largest first."""
+    import xarray as xr
+
+    edges, nodes = one.circuit.edges, one.circuit.by_node()
+    names = (edges["sender"] + " → " + edges["receiver"]).tolist()
+    coords: dict[str, Any] = {name: ("edge", edges[name].tolist()) for name in ("sender", "receiver")}
+    scores = xr.Dataset({"score": ("edge", edges["score"].to_numpy(float))}, {"edge": names, **coords})
+    sums = {name: ("node", nodes[name].to_numpy(float)) for name in ("outgoing", "incoming")}
+    strongest = mi.View("bars", "score", "edge", title="The strongest edges", unit="score")
+    sending = mi.View("bars", "outgoing", "node", title="What nodes send", unit="sum of sizes of scores")
+    meta = {key: one.circuit.meta[key] for key in ("model", "method", "metric", "seed")}
+    sent = xr.Dataset(sums, {"node": nodes["node"].tolist()})
+    return [
+        mi.Result(scores, {**meta, "analyzer": f"CircuitEdges{one.name}"}, (strongest,)),
+        mi.Result(sent, {**meta, "analyzer": f"CircuitNodes{one.name}"}, (sending,)),
+    ]
