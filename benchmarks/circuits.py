@@ -16,9 +16,12 @@ exact patches, and of these with a loop by hand; areas of the faithfulness curve
 that the scores were not found on.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,14 +53,17 @@ def main() -> None:
     n, rounds = (4, 1) if options.quick else (32, 5)
     lines = [*attribution(model, n, rounds, options.quick), *circuits(model, n, rounds)]
     lines += memory(n)
+    facts = environment(model="smollm2", threads=torch.get_num_threads(), dtype="float32", rounds=rounds)
+    report("Edges and circuits; ratio = ours / theirs", lines, facts, None)
     tables = {"planted": planted(8 if options.quick else 24), "exact": correlations(options.quick)}
     if not options.quick:
         tables |= {f"curves, {task}": curves(model, task) for task in ("ioi", "greater_than")}
-    facts = environment(model="smollm2", threads=torch.get_num_threads(), dtype="float32", rounds=rounds)
     for name, table in tables.items():
         print(f"\n{name}\n{table.to_string(index=False, float_format=lambda x: f'{x:.4f}')}")
-    facts |= {name: table.round(4).to_dict("records") for name, table in tables.items()} if options.json else {}
-    report("Edges and circuits; ratio = ours / theirs", lines, facts, options.json)
+    if options.json:
+        content = {"facts": facts, "lines": [asdict(line) for line in lines]}
+        content |= {name: table.round(4).to_dict("records") for name, table in tables.items()}
+        options.json.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def load() -> mi.Model:
@@ -325,11 +331,11 @@ def correlations(quick: bool) -> pd.DataFrame:
 
 def curves(model: mi.Model, task: str) -> pd.DataFrame:
     """Areas of the faithfulness curves on 32 pairs, of scores found on 32 others (4 for EAP-IG over activations)."""
-    make = getattr(mi.tasks, task)
-    pairs, others = make(32, seed=0), make(32, seed=1)
+    make = mi.tasks.ioi if task == "ioi" else partial(mi.tasks.greater_than, model)
+    pairs, others = make(n=32, seed=0), make(n=32, seed=1)
     methods = [mi.EdgeAttribution("eap"), mi.EdgeAttribution("eap-ig-inputs", steps=STEPS)]
     scores = {r.meta["options"]["method"].strip("'"): mi.Circuit.of(r) for r in mi.run(model, pairs, methods)}
-    few = make(4, seed=0)
+    few = make(n=4, seed=0)
     activations = mi.run(model, few, mi.EdgeAttribution("eap-ig-activations", steps=STEPS))
     graph = Graph.of(model)
     scores["eap-ig-activations, 4 pairs"] = mi.Circuit.of(activations)
