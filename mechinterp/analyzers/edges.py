@@ -167,6 +167,7 @@ class EdgeAttribution(Analyzer):
                     total.append((layer, read))
                 for kind, gradient in read.items() if k else ():
                     total[place][1][kind].add_(gradient)
+            del grads, values  # or they would lie beside those of the next step
         for _, read in total:
             for gradient in read.values():
                 gradient.div_(self.steps)
