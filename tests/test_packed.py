@@ -316,3 +316,14 @@ def test_cells_that_are_no_place(llama: mi.Model) -> None:
             mi.run(llama, examples, mi.ActivationPatching("z", positions=(99,)), engine=engine)
     with pytest.raises(NeedsError, match="must be a kind, such as 'resid_pre'"):
         mi.ActivationPatching("resid_pre.3")
+
+
+def test_hidden_states_that_somebody_asked_for_leave_sweeps_packed() -> None:
+    """transformers leaves hooks behind that look at hidden states; they are nobody's intervention."""
+    model = mi.testing.tiny("llama")
+    model.hf(torch.tensor([[5, 6, 7]]), output_hidden_states=True)
+    assert mi.testing.hook_count(model.hf) > 0
+    assert why_full(model, mi.Sweep(mi.logit_diff(), mi.sites.resid_pre())) is None
+    handle = model.hf.model.layers[1].register_forward_hook(lambda *_: None)
+    assert "must see every row" in (why_full(model, mi.Sweep(mi.logit_diff(), mi.sites.resid_pre())) or "")
+    handle.remove()

@@ -131,6 +131,15 @@ def test_true_edges_and_no_others_carry_the_difference(planted: Planted) -> None
     assert weakest > 20 * strongest
 
 
+def test_exact_scores_are_those_of_the_loop_by_hand(planted: Planted) -> None:
+    scores = mi.run(planted.model, planted.pairs, mi.EdgeAttribution("exact")).data
+    whole = mean_difference(planted, ())
+    for i in range(0, scores.sizes["edge"], 5):
+        edge = (str(scores["sender"].values[i]), str(scores["receiver"].values[i]))
+        expected = whole - mean_difference(planted, {edge})
+        assert float(scores["score"].values[i]) == pytest.approx(expected, abs=1e-5 * whole)
+
+
 def test_true_edges_suffice_and_none_is_spare(planted: Planted) -> None:
     """With all other edges corrupted the model answers as before; without one more, it does not."""
     others = set(edges(planted.model)) - planted.edges

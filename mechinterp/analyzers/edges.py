@@ -56,13 +56,14 @@ class EdgeAttribution(Analyzer):
     (bootstrap over examples), ``p`` (sign flips, NaN below six examples) and ``q``, and every example's ``scores``.
 
     Attributes:
-        metric: higher is the behaviour. With `kl` the gradient of the clean run is zero, and "eap" with it.
+        metric: higher is the behaviour; with `kl` and `loss`, where lower is, edges that help are negative. "eap"
+            refuses `kl`, whose gradient is zero in the clean run.
         steps: n.
         ungrouped: keys and values get an edge for each query head, as TransformerLens and MIB count, rather than
             for each key/value head.
         intervals: keep scores of every example, ``example edge``.
     Raises:
-        NeedsError: an unknown method, or fewer than one step.
+        NeedsError: an unknown method, fewer than one step, or "eap" of a metric that compares with the clean run.
     """
 
     method: Literal["eap", "eap-ig-inputs", "eap-ig-activations", "exact"] = "eap-ig-inputs"
@@ -75,6 +76,11 @@ class EdgeAttribution(Analyzer):
         if self.method not in METHODS:
             known = ", ".join(map(repr, METHODS))
             raise NeedsError(f"The method of EdgeAttribution must be one of {known}. Got {self.method!r}")
+        if self.method == "eap" and self.metric.compares:
+            raise NeedsError(
+                f"the clean run's gradient of {self.metric} is zero, since it compares with the clean run; give"
+                ' EdgeAttribution another method, such as "eap-ig-inputs", or another metric, such as logit_diff()'
+            )
         if self.steps < 1:
             raise NeedsError(f"The steps of EdgeAttribution must be at least 1. Got {self.steps}")
 

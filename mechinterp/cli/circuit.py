@@ -117,7 +117,7 @@ def circuit(
     _check_size(method, edges, share, faithful)
     options: dict[str, Any] = {"size": edges if share is None else share, "faithful": faithful or FAITHFUL}
     options |= {"steps": steps, "ungrouped": ungrouped, "candidates": candidates, "threshold": threshold}
-    types = [kind.value for kind in dict.fromkeys(kinds or [Kind.mixed])]
+    types: list[Any] = [kind.value for kind in dict.fromkeys(kinds or [Kind.mixed])]
     with reported(debug):
         check_out(out)
         examples, tested = _read(pairs), _read(held_out or pairs)
@@ -168,7 +168,7 @@ def _check_size(method: Method, edges: int | None, share: float | None, faithful
 
 def _read(path: Path) -> "mi.Examples":
     examples = read_examples(path)
-    if examples.corrupted is None or examples.answers is None or len(examples.answers[0]) < 2:
+    if examples.corrupted is None or any(len(sides) < 2 for sides in examples.answers or [()]):
         raise ExamplesError(f"{path} has no pairs; give every row clean, corrupted, answer and wrong")
     return examples
 
@@ -239,7 +239,8 @@ def _curve(one: Found) -> str:
 
     assert one.curve is not None
     row: Any = summary({"": one.curve}).iloc[0]
-    cpr, cmd = (_interval(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"]) for name in ("cpr", "cmd"))
+    cpr = _interval(row["cpr"], row["cpr_ci_low"], row["cpr_ci_high"])
+    cmd = _interval(row["cmd"], row["cmd_ci_low"], row["cmd_ci_high"])
     told = f"CPR {cpr}, most positive scores first, higher is better; CMD {cmd}, largest first, lower is better"
     return f"Curve{one.name}, over all sizes: {told}."
 

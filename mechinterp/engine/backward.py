@@ -118,7 +118,8 @@ class Differentiated:
             NeedsError: the metric does not depend on a site, or what was given before was changed in place.
         """
         if run not in self._kept:
-            self.check()
+            if name := self.changed():
+                raise NeedsError(f"{name} was changed in place, which others read; clone it first")
             self._let_go()
             at, beside = self.wanted[run]
             clean = self.passed.get("clean") if run.metric.compares else None
@@ -140,13 +141,10 @@ class Differentiated:
                 total -= size(run)
                 del self._kept[run], self._versions[run]
 
-    def check(self) -> None:
-        """Raise where something was changed in place since it was made."""
-        for name, tensor, version in (each for some in self._versions.values() for each in some):
-            if tensor._version != version:
-                raise NeedsError(
-                    f"what a gradient gave at {name} was changed in place, which others read; clone it first"
-                )
+    def changed(self) -> str | None:
+        """What of all that was given so far was changed in place."""
+        given = (each for some in self._versions.values() for each in some)
+        return next((f"what a gradient gave at {name}" for name, tensor, v in given if tensor._version != v), None)
 
     def _mix(self, run: Grad) -> list[Intervention]:
         """What puts a run between the two of a pair."""

@@ -49,7 +49,8 @@ class Rows:
 
     @classmethod
     def none(cls) -> "Rows":
-        return cls(*[np.zeros(0, np.int64)] * 6, np.zeros(0, bool))
+        some = np.zeros(0, np.int64)
+        return cls(some, some, some, some, some, some, np.zeros(0, bool))
 
     @classmethod
     def joined(cls, many: "list[Rows]") -> "Rows":

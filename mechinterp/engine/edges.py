@@ -8,7 +8,7 @@ have changed is one matrix, and the inputs of a layer's receivers are one produc
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -23,7 +23,7 @@ from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch, Tokens
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import Passed, forward, score
-from mechinterp.engine.packed import BUDGET, watched
+from mechinterp.engine.packed import BUDGET, TOKENS, watched
 from mechinterp.engine.plan import Plan, PlannedPass
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.model import Model
@@ -66,7 +66,7 @@ class EdgeRuns:
         self.n = model.dims.n_layers
         sites = [Site("embed"), *(Site(kind, i) for i in range(self.n) for kind in ("z", "mlp_out"))]
         clean = forward(model, self.batch, [Read(site) for site in sites], [metric])
-        self.clean = clean
+        self.clean = Passed({}, clean.logits, clean.rows)
         self.full = score(metric, self.batch, clean, clean)
         """Metric of the clean run, ``example``."""
         self.first = self._first_difference() if cut_to == "corrupted" else 0
@@ -139,11 +139,12 @@ class EdgeRuns:
         return module(self.reference[Site("resid_pre", 0)][:1], columns[None])
 
     @torch.no_grad()
-    def run(self, kept: Kept) -> Float[Tensor, "circuit example"]:
-        """The metric of every circuit on every example.
+    def run(self, kept: Kept, tick: Callable[[int], None] = lambda n: None) -> Float[Tensor, "circuit example"]:
+        """The metric of every circuit on every example; as many circuits together as the budget holds.
 
         Args:
             kept: ``circuit edge``.
+            tick: told how many circuits are done.
         """
         if kept.ndim != 2 or kept.shape[1] != len(self.graph):
             raise NeedsError(f"circuits must be circuit × {len(self.graph)} edges. Got shape {kept.shape}")
@@ -151,9 +152,12 @@ class EdgeRuns:
         entry = self._entries(kept)
         order = np.argsort(entry, kind="stable")
         size = max(1, self.budget // self._bytes())
+        if self.batch.ids.device.type != "cuda":
+            size = max(1, min(size, TOKENS // self.batch.ids.numel()))
         for begin in range(0, len(kept), size):
             some = order[begin : begin + size]
             out[torch.as_tensor(some)] = self._fly(kept[some], int(entry[some].min()))
+            tick(len(some))
         return out
 
     def _bytes(self) -> int:
@@ -315,6 +319,7 @@ def run_circuits(
     metric: Metric,
     *,
     cut_to: CutTo = "corrupted",
+    start: npt.NDArray[np.bool_] | None = None,
     batch_size: int | None = None,
     budget: int = BUDGET,
     progress: Progress | None = None,
@@ -323,7 +328,8 @@ def run_circuits(
 
     Args:
         cut_to: what an edge that is cut carries: the ``"corrupted"`` run's value, ``"zero"``, or the ``"mean"`` of
-            the clean run over examples, position by position.
+            the clean run over examples, position by position. Zero takes an MLP's own bias with it.
+        start: a circuit, ``edge``, that most of the others are like, from which they begin; else all edges.
         batch_size: examples a batch; by default as many as fit the budget.
         budget: bytes beside the model that are aimed at.
     Raises:
@@ -345,12 +351,14 @@ def run_circuits(
         runs = EdgeRuns(model, batch, graph, metric, cut_to=cut_to, means=means, budget=budget)
         out[0, list(rows)] = runs.full.float().cpu().numpy()
         out[1, list(rows)] = runs.run(none)[0].float().cpu().numpy()
-        step = max(1, len(kept) // 100)
-        for begin in range(0, len(kept), step):
-            some = kept[begin : begin + step]
-            out[2 + begin : 2 + begin + len(some), list(rows)] = runs.run(some).float().cpu().numpy()
+        if start is not None:
+            runs.begin_from(start)
+
+        def tick(circuits: int, examples: int = len(rows)) -> None:
             if progress is not None:
-                progress.advance("sweep_rows", len(some) * len(rows))
+                progress.advance("sweep_rows", circuits * examples)
+
+        out[2:, list(rows)] = runs.run(kept, tick).float().cpu().numpy()
     return CircuitScores(out[2:], out[0], out[1])
 
 

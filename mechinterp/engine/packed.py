@@ -33,6 +33,8 @@ BUDGET = 1 << 30
 TOKENS = 1 << 12
 """Tokens in flight at most on a CPU, where larger tensors gain nothing and are given back to the system each time."""
 
+CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks stay on a model once hidden states were asked of it; they only look, and in such a call alone."""
 _FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout)
 """Interventions that make of each position what does not depend on the others; a user's own may."""
 
@@ -96,7 +98,13 @@ def watched(model: Model) -> str | None:
     if str(model.hf.config._attn_implementation).startswith(PREFIX):
         return "an intervention in force around it must see every row"
     tops = (model.hf, model.hf.get_submodule(model.arch.base))  # a hook there sees unedited runs, and no rows
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules() if m not in tops):
+    hooks = (
+        h
+        for m in model.hf.modules()
+        if m not in tops
+        for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
+    if any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
         return "hooks, or interventions in force around it, must see every row"
     if len({p.device for p in model.hf.parameters()}) > 1:
         return "the model lies on several devices"

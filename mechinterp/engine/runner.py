@@ -410,13 +410,14 @@ def _observe(
     versions = [t._version for _, t in shared]
     try:
         part: Any = analyzer.observe(batch)
-        differentiated.check()
     except MechinterpError as error:
         error.args = (f"{analyzer.name}: {error}",)
         raise
+    spoiled = differentiated.changed()
     for (name, tensor), version in zip(shared, versions, strict=True):
-        if tensor._version != version:
-            raise NeedsError(f"{analyzer.name} changed {name} in place, which others read too; clone it first")
+        spoiled = name if tensor._version != version else spoiled
+    if spoiled is not None:
+        raise NeedsError(f"{analyzer.name} changed {spoiled} in place, which others read too; clone it first")
     if not isinstance(part, Part):
         raise NeedsError(f"{analyzer.name}.observe must return a Part. Got {type(part).__name__}")
     return _stamp(part, analyzer, batch.examples, layers, whole)

@@ -107,7 +107,7 @@ class Circuit:
         return self._with(_top(self.scores, _amount(n, self.scores), absolute))
 
     def prune(self) -> "Circuit":
-        """Without the edges that are on no path from ``embed`` to ``logits`` inside the circuit."""
+        """Without edges on no path from ``embed`` to ``logits``; alike in effect, where cuts carry corrupted values."""
         kept = self.kept & _on_paths(self.graph, self.kept)
         return Circuit(self.graph, self.scores, kept, self.meta)  # what was unstable still is
 
@@ -116,9 +116,8 @@ class Circuit:
 
     def __or__(self, other: "Circuit") -> "Circuit":
         """Edges of either; scores of the other where there is none here."""
-        kept = self.kept | self._alike(other).kept
-        scores = np.where(np.isnan(self.scores), other.scores, self.scores)
-        return Circuit(self.graph, scores, kept, _unjudged(self.meta))
+        scores = np.where(np.isnan(self.scores), self._alike(other).scores, self.scores)
+        return Circuit(self.graph, scores, self.kept | other.kept, _unjudged(self.meta))
 
     def __sub__(self, other: "Circuit") -> "Circuit":
         return self._with(self.kept & ~self._alike(other).kept)
@@ -171,12 +170,12 @@ class Circuit:
         return _overlap(self, self._alike(other))
 
     def stability(
-        self, resampled: npt.ArrayLike, n: int | float | None = None, absolute: bool = True
+        self, resampled: npt.ArrayLike | Result, n: int | float | None = None, absolute: bool = True
     ) -> dict[str, Any]:
         """Whether the best edges stay the best when the examples are drawn anew.
 
         Args:
-            resampled: scores from resampled examples, ``resample edge``; two or more.
+            resampled: ``resample edge``; or a result of EdgeAttribution(intervals=True), to draw 50 times from.
             n, absolute: which are best, as for `top`; None: as many as are kept here.
         Returns:
             ``stability``: mean Jaccard index of the best edges over pairs of resamples; ``stable``:
@@ -381,7 +380,19 @@ def _amount(n: int | float, scores: Floats) -> int:
     )
 
 
-def _stability(circuit: Circuit, resampled: npt.ArrayLike, n: int | float | None, absolute: bool) -> dict[str, Any]:
+def drawn_anew(scores: Floats | npt.NDArray[np.floating], resamples: int, seed: int = 0) -> Floats:
+    """Mean scores of examples drawn with replacement, ``resample edge``, from ``example edge``."""
+    n = len(scores)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples) @ np.asarray(scores, float) / n
+
+
+def _stability(
+    circuit: Circuit, resampled: npt.ArrayLike | Result, n: int | float | None, absolute: bool
+) -> dict[str, Any]:
+    if isinstance(resampled, Result):
+        if "scores" not in resampled.data:
+            raise NeedsError("stability needs scores of every example; run EdgeAttribution with intervals=True")
+        resampled = drawn_anew(resampled.data["scores"].values, 50)
     rows = np.asarray(resampled, np.float64)
     if rows.ndim != 2 or rows.shape[1] != len(circuit.graph) or len(rows) < 2:
         raise NeedsError(

@@ -14,12 +14,13 @@ from mechinterp.analyzers.patching import ActivationPatching
 from mechinterp.core.graph import Graph
 from mechinterp.core.metrics import KL, Metric, logit_diff
 from mechinterp.core.tokens import Tokens
-from mechinterp.engine.edges import CutTo, EdgeRuns, examples_at_once, graph_of, run_circuits
+from mechinterp.engine.edges import EdgeRuns, examples_at_once, graph_of, run_circuits
 from mechinterp.engine.plan import Plan, PlannedPass
 from mechinterp.engine.runner import Progress, provenance, run
-from mechinterp.errors import NeedsError
+from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.model import Model, as_examples
-from mechinterp.studies.circuits import Circuit
+from mechinterp.studies.circuits import Circuit, drawn_anew
+from mechinterp.studies.faithfulness import shares
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations", "acdc", "activation-patching", "exact"]
 Kind = Literal["mixed", "attention_only", "mlp_only"]
@@ -41,6 +42,7 @@ def discover(
     ungrouped: bool = False,
     candidates: int = 300,
     threshold: float = 0.01,
+    resamples: int = 20,
     batch_size: int | None = None,
     seed: int = 0,
     progress: Progress | bool = False,
@@ -48,8 +50,9 @@ def discover(
     """Find the circuit of a behaviour on pairs of prompts; one for each type.
 
     Edges are scored by one method, and the best (by size of score) are kept: as many as `size` says, or else the
-    fewest, of sizes that grow by a quarter, whose faithfulness on these pairs reaches `faithful`. Edges on no
-    path from the embedding to the logits are dropped.
+    first, of sizes that grow by a quarter, whose faithfulness on these pairs reaches `faithful`. Edges on no
+    path from the embedding to the logits are dropped. Where edges are scored by `mechinterp.EdgeAttribution`, the
+    examples are drawn anew, and a circuit whose edges change too much (`Circuit.stability`) says so.
 
     - ``"eap"``, ``"eap-ig"``, ``"eap-ig-activations"``, ``"exact"``: `mechinterp.EdgeAttribution`.
     - ``"activation-patching"``: nodes by their exact effect when noised (`mechinterp.ActivationPatching`: heads,
@@ -66,28 +69,39 @@ def discover(
         size: number of edges, or as a float the share of all edges.
         steps, ungrouped: as for `mechinterp.EdgeAttribution`.
         threshold: ACDC's τ, in nats.
+        resamples: how often examples are drawn anew for the stability of a circuit; 0 for none.
     Returns:
         circuit by type; its `meta` says method, metric, number of examples, ``faithfulness`` on these pairs, and
         for ACDC how many edges were tried.
     Raises:
-        NeedsError: an unknown method or type, or a number that is none; ExamplesError: as `run`.
+        NeedsError: an unknown method or type, a number that is none, or scores that are not finite.
+        ExamplesError: as `run`; pairs whose difference does not matter to the metric.
     """
     _check(method, circuit_types, candidates, threshold, faithful)
     chosen = metric or logit_diff()
     graph, tokens = Graph.of(model, ungrouped), model.tokenize(as_examples(pairs))
     graph_of(model, graph)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    scores = _scores(model, pairs, graph, method, chosen, steps, options)
+    scores, drawn = _scores(model, pairs, graph, method, chosen, steps, resamples, options)
+    if not np.isfinite(scores).all():
+        raise NeedsError(
+            f"{int((~np.isfinite(scores)).sum())} of {len(scores):,} edges have a score that is not finite; load the"
+            " model in float32, or leave out the examples that overflow"
+        )
     meta = provenance(model) | {"method": method, "metric": repr(chosen), "examples": len(tokens), "seed": seed}
     found: dict[str, Circuit] = {}
     for kind in circuit_types:
-        whole = Circuit(graph, np.where(_allowed(graph, kind), scores, np.nan), meta=meta | {"circuit_type": kind})
+        allowed = _allowed(graph, kind)
+        whole = Circuit(graph, np.where(allowed, scores, np.nan), meta=meta | {"circuit_type": kind})
         if method == "acdc":
             found[kind] = _acdc(model, tokens, whole, candidates, threshold, batch_size, progress)
         elif size is not None:
             found[kind] = whole.top(size)
         else:
             found[kind] = _fewest(model, tokens, whole, chosen, faithful, batch_size)
+        if drawn is not None and len(found[kind]):
+            stability = found[kind].stability(np.where(allowed, drawn, np.nan))
+            found[kind] = replace(found[kind], meta={**found[kind].meta, **stability})
         found[kind] = _judged(model, tokens, found[kind].prune(), chosen, batch_size)
     return found
 
@@ -104,14 +118,24 @@ def _check(method: str, types: Sequence[str], candidates: int, threshold: float,
 
 
 def _scores(
-    model: Model, pairs: Any, graph: Graph, method: Method, metric: Metric, steps: int, options: dict[str, Any]
-) -> Floats:
-    """Of every edge."""
+    model: Model,
+    pairs: Any,
+    graph: Graph,
+    method: Method,
+    metric: Metric,
+    steps: int,
+    resamples: int,
+    options: dict[str, Any],
+) -> tuple[Floats, Floats | None]:
+    """Of every edge; and from examples drawn anew, ``resample edge``, where edges of each example are scored."""
     if method == "activation-patching":
-        return edges_of_nodes(graph, node_effects(model, pairs, metric, options))
+        return edges_of_nodes(graph, node_effects(model, pairs, metric, options)), None
     how: Any = {"eap-ig": "eap-ig-inputs", "acdc": "eap-ig-inputs"}.get(method, method)
-    asked = EdgeAttribution(how, metric, steps, graph.ungrouped)
-    return run(model, pairs, asked, **options).data["score"].values
+    drawing = resamples > 1 and method != "acdc"
+    found = run(model, pairs, EdgeAttribution(how, metric, steps, graph.ungrouped, drawing), **options).data
+    if not drawing or found.sizes["example"] < 2:
+        return found["score"].values, None
+    return found["score"].values, drawn_anew(found["scores"].values, resamples, options["seed"])
 
 
 def node_effects(model: Model, pairs: Any, metric: Metric, options: dict[str, Any]) -> dict[str, float]:
@@ -178,8 +202,15 @@ def _faithfulness(
     model: Model, tokens: Tokens, circuits: Sequence[Circuit], metric: Metric, batch_size: int | None
 ) -> Floats:
     kept = np.stack([circuit.kept for circuit in circuits])
-    scores = run_circuits(model, tokens, circuits[0].graph, kept, metric, batch_size=batch_size)
-    return (scores.values.mean(1) - scores.empty.mean()) / (scores.full.mean() - scores.empty.mean())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is an error here
+        found = shares(run_circuits(model, tokens, circuits[0].graph, kept, metric, batch_size=batch_size))
+    if np.isnan(found).any():
+        raise ExamplesError(
+            "the corrupted prompts leave the metric as it is, so there is no circuit to find; give pairs whose"
+            " difference matters to the metric"
+        )
+    return found
 
 
 def _judged(model: Model, tokens: Tokens, circuit: Circuit, metric: Metric, batch_size: int | None) -> Circuit:
@@ -197,9 +228,8 @@ class _Divergence:
     @classmethod
     def of(cls, model: Model, tokens: Tokens, graph: Graph, batch_size: int | None) -> "_Divergence":
         size = batch_size or examples_at_once(model, tokens, graph)
-        cut: CutTo = "corrupted"
         batches = [tokens.batch(rows, model.device) for rows in tokens.batches(size)]
-        return cls([EdgeRuns(model, batch, graph, KL(), cut_to=cut) for batch in batches], len(tokens))
+        return cls([EdgeRuns(model, batch, graph, KL()) for batch in batches], len(tokens))
 
     def __call__(self, kept: Mask) -> float:
         return sum(float(one.run(kept[None]).sum()) for one in self.runs) / self.examples

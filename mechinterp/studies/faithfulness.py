@@ -1,5 +1,6 @@
 """Does a circuit do what the model does? Faithfulness, its curve over sizes, completeness, minimality."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -41,7 +42,8 @@ def faithfulness(
     """(m(C) - m(∅)) / (m(full) - m(∅)), of means over examples (Wang et al. 2023; Hanna et al. 2024).
 
     Edges outside the circuit carry `cut_to`. 1: the circuit does what the model does; 0: no more than nothing
-    does; above 1, or below 0, what was cut worked against it, or for it.
+    does; above 1, or below 0, what was cut worked against it, or for it. NaN, with a warning, where the whole
+    model and the empty circuit are nearer than 1e-3, so that there is nothing to share out.
 
     Result: ``faithfulness`` with ``ci_low, ci_high`` (bootstrap over examples), and by ``example`` the metric of
     the ``circuit``, of the ``full`` model and of the ``empty`` circuit.
@@ -83,9 +85,11 @@ def faithfulness_curve(
     better where sizes are). MIB reports CPR of the signed and CMD of the absolute ranking.
 
     Args:
-        fractions: rising shares of all edges, in (0, 1].
+        fractions: rising shares of all the model's edges, in (0, 1]. Where fewer have a score (a circuit of one
+            type), all that have are kept from there on; compare areas of circuits that score the same edges.
+        metric: with `kl()` and `loss()`, where lower is the behaviour, only the ranking by size has a meaning.
     Raises:
-        NeedsError: as `faithfulness`; fractions that do not rise, or more edges than have a score.
+        NeedsError: as `faithfulness`; fractions that do not rise.
     """
     sizes = list(fractions)
     if len(sizes) < 2 or sizes != sorted({*sizes}) or not 0 < sizes[0] <= sizes[-1] <= 1:
@@ -183,7 +187,7 @@ def minimality(
         raise NeedsError("an empty circuit has no edges to take out; take some with top(n)")
     rows = np.repeat(circuit.kept[None], len(edges) + 1, 0)
     rows[np.arange(1, len(edges) + 1), edges] = False
-    scores = _run(circuit, model, examples, rows, metric, cut_to, batch_size, progress)
+    scores = _run(circuit, model, examples, rows, metric, cut_to, batch_size, progress, circuit.kept)
     found = summarize(((scores.values[0] - scores.values[1:]) / _whole(scores)).T, seed)
     order = np.argsort(-found.mean, kind="stable")
     sender, receiver = (ends[edges[order]] for ends in circuit.graph.ends)
@@ -206,6 +210,7 @@ def _run(
     cut_to: CutTo,
     batch_size: int | None,
     progress: Progress | bool,
+    start: Kept | None = None,
 ) -> CircuitScores:
     if cut_to not in ("corrupted", "mean", "zero"):
         raise NeedsError(f"The cut_to of a circuit must be 'corrupted', 'mean' or 'zero'. Got {cut_to!r}")
@@ -221,6 +226,7 @@ def _run(
             kept,
             metric or logit_diff(),
             cut_to=cut_to,
+            start=start,
             batch_size=batch_size,
             progress=progress or None,
         )
@@ -229,12 +235,24 @@ def _run(
 def _whole(scores: CircuitScores) -> float:
     """m(full) - m(∅); NaN where it is too small."""
     whole = float(scores.full.mean() - scores.empty.mean())
-    return whole if abs(whole) >= GUARD else float("nan")
+    if abs(whole) >= GUARD:
+        return whole
+    warnings.warn(
+        f"the model scores {scores.full.mean():.3g} and the empty circuit {scores.empty.mean():.3g}, so faithfulness is"
+        " NaN; give pairs whose difference matters to the metric",
+        stacklevel=4,
+    )
+    return float("nan")
+
+
+def shares(scores: CircuitScores) -> Floats:
+    """Faithfulness of each circuit; NaN, with a warning, where there is nothing to be faithful to."""
+    return (scores.values.mean(1) - scores.empty.mean()) / _whole(scores)
 
 
 def _shares(scores: CircuitScores, seed: int) -> tuple[Floats, Floats, Floats]:
     """Faithfulness of each circuit, and its interval."""
-    share = (scores.values.mean(1) - scores.empty.mean()) / _whole(scores)
+    share = shares(scores)
     drawn = _drawn(scores, seed)
     if len(drawn) < 2:
         return share, np.full_like(share, np.nan), np.full_like(share, np.nan)
@@ -245,7 +263,7 @@ def _shares(scores: CircuitScores, seed: int) -> tuple[Floats, Floats, Floats]:
 def _drawn(scores: CircuitScores, seed: int) -> Floats:
     """Faithfulness of each circuit in examples drawn anew, ``resample circuit``; both differences are drawn."""
     n = len(scores.full)
-    if n < 2 or np.isnan(_whole(scores)):
+    if n < 2 or abs(float(scores.full.mean() - scores.empty.mean())) < GUARD:
         return np.zeros((0, len(scores.values)))
     weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
     whole = weights @ (scores.full - scores.empty)
