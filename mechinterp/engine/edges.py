@@ -175,9 +175,10 @@ class EdgeRuns:
     @torch.no_grad()
     def begin_from(self, kept: Kept) -> None:
         """Let circuits to come be run from where they first differ from this one, ``edge``, and not from all edges."""
+        kept = kept.copy()  # a circuit's own may not be written to, which torch warns of
         entry = int(self._entries(kept[None])[0])
         self.changed = self._changes(kept[None], entry, np.ones(len(self.graph.senders), bool))[0]
-        self.start = kept.copy()
+        self.start = kept
 
     def _changes(
         self, kept: Kept, entry: int, heard: npt.NDArray[np.bool_]
