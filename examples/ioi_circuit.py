@@ -59,6 +59,9 @@ def main() -> None:
     print(by_fraction(curves).round(2).to_string())
     areas = pd.DataFrame([area(name, curve) for name, curve in curves.items()]).set_index("scores")
     print(areas.to_string())
+    strewn = mi.Circuit(found.graph, dealt).top(len(found))
+    print(f"Of {len(strewn):,} edges at random {len(strewn.prune()):,} lie on a path from the embedding to the logits;")
+    print("that is most of why they carry nothing.")
     print("(CPR, of the most positive edges first, is better when high; CMD, of the largest first, when low)")
 
     chapter("4. Would other examples have given the same edges? Scores of examples drawn anew")
@@ -84,8 +87,11 @@ def main() -> None:
     if quick:
         print(f"(of {n} examples nothing can be tested)")
     else:
-        print(f"{int(needed.sum())} are needed (q < .05), {int(harmful.sum())} work against the answer, and of")
-        print(f"{len(table) - int(needed.sum()) - int(harmful.sum())} neither can be told.")
+        unclear = len(table) - int(needed.sum()) - int(harmful.sum())
+        print(
+            f"{int(needed.sum())} are needed (q < .05), {int(harmful.sum())} work against the answer,"
+            f" {unclear} cannot be told."
+        )
 
     chapter("6. Are these the heads that patching finds? Each head's output at the last token, as in ioi_story.py")
     patched = mi.run(model, pairs, mi.ActivationPatching("z", positions="end", heads="each")).table("effect")

@@ -27,7 +27,7 @@ def named(circuit: mi.Circuit) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_every_method_that_scores_edges_finds_exactly_the_true_ones(name: str) -> None:
-    known = PLANTED[name](12)
+    known = PLANTED[name](8)
     assert {*BY_EDGE} == {*get_args(Method)} - {"activation-patching"}
     for method in BY_EDGE:
         found = discover(known.model, known.pairs, method)["mixed"]
@@ -36,7 +36,7 @@ def test_every_method_that_scores_edges_finds_exactly_the_true_ones(name: str) -
         assert found.meta["faithfulness"] == pytest.approx(expected, abs=1e-4)
         assert 0.95 < expected < 1.05
         assert found.meta["method"] == method
-        assert found.meta["examples"] == 12
+        assert found.meta["examples"] == 8
     split = discover(known.model, known.pairs, "eap-ig", ungrouped=True)["mixed"]
     heads = {(u, node) for u, v in named(split) for node in split.graph.nodes_of(v)}
     assert heads <= {(u, node) for u, v in known.edges for node in Graph.of(known.model).nodes_of(v)}
@@ -44,7 +44,7 @@ def test_every_method_that_scores_edges_finds_exactly_the_true_ones(name: str) -
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_scores_of_nodes_find_the_true_edges_among_those_between_true_nodes(name: str) -> None:
-    known = PLANTED[name](12)
+    known = PLANTED[name](8)
     found = discover(known.model, known.pairs, "activation-patching")["mixed"]
     assert known.edges < named(found)
     graph = found.graph
@@ -89,7 +89,7 @@ def test_an_edge_has_the_smaller_score_of_its_ends() -> None:
 
 def test_a_size_is_that_many_of_the_best_edges(model: mi.Model) -> None:
     best = mi.Circuit.of(mi.run(model, PAIRS, mi.EdgeAttribution("eap-ig-inputs", steps=3)))
-    for size in (1, 12, 40, 0.1, 1.0):
+    for size in (12, 0.1):
         found = discover(model, PAIRS, "eap-ig", size=size, steps=3)["mixed"]
         expected = best.top(size).prune()
         assert named(found) == named(expected)
@@ -107,9 +107,11 @@ def test_the_fewest_that_are_faithful_enough(model: mi.Model) -> None:
         warnings.simplefilter("error")
         found = discover(model, PAIRS, "eap", faithful=0.6)["mixed"]
     assert found.meta["faithfulness"] >= 0.6
-    shares = {n: float(found.top(n).faithfulness(model, PAIRS).data["faithfulness"]) for n in sizes if n >= 4}
-    least = min(n for n, share in shares.items() if share >= 0.6)
-    assert named(found) == named(found.top(least).prune())
+    for n in sorted(n for n in sizes if n >= 4):
+        least = found.top(n)
+        if float(least.faithfulness(model, PAIRS).data["faithfulness"]) >= 0.6:
+            break
+    assert named(found) == named(least.prune())
 
 
 def test_types_have_edges_of_their_own_alone(model: mi.Model) -> None:
@@ -153,28 +155,28 @@ def slow_acdc(model: mi.Model, begun: mi.Circuit, threshold: float) -> tuple[np.
 
 def test_acdc_is_the_slow_one(model: mi.Model) -> None:
     best = mi.Circuit.of(mi.run(model, FEW, mi.EdgeAttribution("eap-ig-inputs", steps=3)))
-    begun = best.top(120).prune()
-    found = discover(model, FEW, "acdc", candidates=120, threshold=0.01, steps=3, batch_size=2)["mixed"]
-    kept, divergence = slow_acdc(model, begun, 0.01)
+    begun = best.top(40).prune()
+    found = discover(model, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=2)["mixed"]
+    kept, divergence = slow_acdc(model, begun, 0.001)
     expected = mi.Circuit(best.graph, best.scores, kept).prune()
     assert 0 < len(expected) < len(begun)
     assert named(found) == named(expected)
     assert found.meta["kl"] == pytest.approx(divergence, abs=1e-4)
     assert found.meta["tried"] == len(begun)
-    assert found.meta["threshold"] == 0.01
+    assert found.meta["threshold"] == 0.001
 
 
-def test_acdc_between_its_ends(model: mi.Model) -> None:
+def test_acdc_between_its_ends(llama: mi.Model) -> None:
     """At a threshold of 0 only that goes whose loss is a gain; at a huge one, everything."""
     ways: Any = {"candidates": 30, "steps": 3}
-    begun = discover(model, PAIRS, "eap-ig", size=30, steps=3)["mixed"]
-    careful = discover(model, PAIRS, "acdc", threshold=0.0, **ways)["mixed"]
-    tokens = model.tokenize(PAIRS)
+    begun = discover(llama, PAIRS, "eap-ig", size=30, steps=3)["mixed"]
+    careful = discover(llama, PAIRS, "acdc", threshold=0.0, **ways)["mixed"]
+    tokens = llama.tokenize(PAIRS)
     kept = np.stack([begun.kept, careful.kept])
-    before, after = run_circuits(model, tokens, begun.graph, kept, mi.kl()).values.mean(1)
+    before, after = run_circuits(llama, tokens, begun.graph, kept, mi.kl()).values.mean(1)
     assert after <= before + 1e-5
     assert named(careful) <= named(begun)
-    nothing = discover(model, PAIRS, "acdc", threshold=1e6, **ways)["mixed"]
+    nothing = discover(llama, PAIRS, "acdc", threshold=1e6, **ways)["mixed"]
     assert len(nothing) == 0
     assert nothing.meta["tried"] == len(begun)
     assert nothing.meta["faithfulness"] == pytest.approx(0, abs=1e-4)
