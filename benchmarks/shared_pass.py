@@ -91,7 +91,7 @@ class Work:
         def never(sweep: mi.Sweep) -> Any:
             raise AssertionError(f"no analyzer here sweeps: {sweep}")
 
-        seen = mi.Batch(self.batch, self.model, trace, mi.Trace({}, self.batch), {}, {}, {}, never)
+        seen = mi.Batch(self.batch, self.model, trace, mi.Trace({}, self.batch), {}, {}, {}, {}, never)
         part = self.analyzers[i].observe(seen)
         assert part is not None
         return mi.Part(part.values, coords=part.coords, rows=self.batch.rows)

@@ -127,7 +127,10 @@ def test_types_have_edges_of_their_own_alone(model: mi.Model) -> None:
         allowed = [{graph.senders[s][0], graph.receivers[r][0]} <= {*letters} for s, r in ends]
         assert (np.isfinite(circuit.scores) == allowed).all()
     n = model.dims.n_layers
-    assert int(np.isfinite(found["mlp_only"].scores).sum()) == (n + 1) * (n + 2) // 2
+    scored = int(np.isfinite(found["mlp_only"].scores).sum())
+    assert scored == (n + 1) * (n + 2) // 2
+    few = discover(model, PAIRS, "eap", ("mlp_only",), size=scored + 5, resamples=0)["mlp_only"]
+    assert len(few) == scored  # all that the type has
 
 
 def slow_acdc(model: mi.Model, begun: mi.Circuit, threshold: float) -> tuple[np.ndarray, float]:

@@ -66,7 +66,8 @@ def discover(
         circuit_types: ``"mixed"``; ``"attention_only"``, edges among embedding, heads and logits alone;
             ``"mlp_only"``, among embedding, MLPs and logits alone. What is left out carries corrupted values.
         metric: `logit_diff()` by default; what is scored, and what faithfulness is of.
-        size: number of edges, or as a float the share of all edges.
+        size: number of edges before those on no path are dropped, or as a float the share of all edges; all edges
+            of a type that has fewer.
         steps, ungrouped: as for `mechinterp.EdgeAttribution`.
         threshold: ACDC's τ, in nats.
         resamples: how often examples are drawn anew for the stability of a circuit; 0 for none.
@@ -96,7 +97,8 @@ def discover(
         if method == "acdc":
             found[kind] = _acdc(model, tokens, whole, candidates, threshold, batch_size, progress)
         elif size is not None:
-            found[kind] = whole.top(size)
+            scored = int(allowed.sum())
+            found[kind] = whole.top(min(size, scored) if isinstance(size, int) else size)
         else:
             found[kind] = _fewest(model, tokens, whole, chosen, faithful, batch_size)
         if drawn is not None and len(found[kind]):
