@@ -97,8 +97,8 @@ def discover(
         if method == "acdc":
             found[kind] = _acdc(model, tokens, whole, candidates, threshold, batch_size, progress)
         elif size is not None:
-            scored = int(allowed.sum())
-            found[kind] = whole.top(min(size, scored) if isinstance(size, int) else size)
+            beyond = isinstance(size, int) and int(allowed.sum()) < size <= len(graph)
+            found[kind] = whole.top(int(allowed.sum()) if beyond else size)
         else:
             found[kind] = _fewest(model, tokens, whole, chosen, faithful, batch_size)
         if drawn is not None and len(found[kind]):
