@@ -13,7 +13,7 @@ from mechinterp.core.analyzer import Swept
 from mechinterp.core.metrics import as_metric
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
-from mechinterp.engine import packed
+from mechinterp.engine import packed, runs
 from mechinterp.engine.forward import forward
 from mechinterp.engine.packed import sweep_packed, why_full
 from mechinterp.engine.sweep import Grid, source_reads, sweep_full
@@ -221,10 +221,52 @@ def test_the_base_runs_keys_and_values_are_never_written(model: mi.Model) -> Non
         for write in (None, mi.Zero):
             sweep = mi.Sweep(mi.logit_diff(), mi.Sites(kind), positions=("S2", "end"), write=write)
             cells = packed._Sweeping(model, batch, sweep, 20, lambda what, n: None, packed.BUDGET, True)
-            before = {read: value.clone() for read, value in cells.base.values.items()}
             with torch.no_grad():
                 cells.run()
-            assert all(torch.equal(value, before[read]) for read, value in cells.base.values.items())
+                kept = dict(cells.base.values)
+                cells.passes()
+            for site in (mi.Site(name, layer) for name in ("k_rot", "v") for layer in range(model.dims.n_layers)):
+                torch.testing.assert_close(
+                    kept[Read(site)][batch.mask], cells.value(site)[batch.mask], atol=1e-6, rtol=1e-5
+                )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", ["embed", "resid_pre", "q", "k", "v", "z", "head_out", "attn_out", "mlp_out", "resid_post"]
+)
+def test_unedited_runs_may_go_along_with_the_rows(model: mi.Model, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(model)
+    for skip in (True, False):
+        sites = mi.sites.embed() if kind == "embed" else mi.Sites(kind)
+        sweep = mi.Sweep(mi.logit_diff(), sites, positions="each")
+        cells = packed._Sweeping(model, batch, sweep, 20, lambda what, n: None, packed.BUDGET, skip)
+        along = cells.run()
+        assert cells.along, "they went along"
+        monkeypatch.setattr(runs, "TOGETHER", 0)
+        cells = packed._Sweeping(model, batch, sweep, 20, lambda what, n: None, packed.BUDGET, skip)
+        apart = cells.run()
+        assert not cells.along
+        monkeypatch.undo()
+        close(along, apart)
+
+
+def test_runs_that_went_along_when_memory_ran_out_are_passes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mi.testing.tiny("llama")
+    batch = batch_of(model)
+    sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(), positions="each")
+    expected = sweep_packed(model, batch, sweep)
+    fly, calls = packed.Flight.run, []
+
+    def short(self: packed.Flight) -> Any:
+        calls.append(len(self.rows))
+        if len(self.rows) > 20:
+            raise MemoryError
+        return fly(self)
+
+    monkeypatch.setattr(packed.Flight, "run", short)
+    close(sweep_packed(model, batch, sweep), expected)
+    assert calls[0] > calls[1] > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

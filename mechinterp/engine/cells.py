@@ -65,6 +65,7 @@ class Cells:
         self.grid = Grid.of(sweep, model, width)
         self.lengths: Ints = batch.lengths.cpu().numpy()
         self._columns: dict[Any, tuple[Ints, Bools]] = {}
+        self._tables: dict[tuple[Any, ...], tuple[Ints, Bools]] = {}
         self.edited = self._edited() if sweep.edits else None
         """Every edited input of every example, one after the other."""
         self.place: Ints = self._places()
@@ -89,6 +90,18 @@ class Cells:
         if positions not in self._columns:
             self._columns[positions] = _columns(self.batch, positions)
         return self._columns[positions]
+
+    def table(self, choices: tuple[Any, ...]) -> tuple[Ints, Bools]:
+        """(columns, valid), ``choice example chosen``, of several choices of positions."""
+        if choices not in self._tables:
+            found = [self.columns(positions) for positions in choices]
+            wide = max(columns.shape[1] for columns, _ in found)
+            pad = [((0, 0), (0, wide - columns.shape[1])) for columns, _ in found]
+            self._tables[choices] = (
+                np.stack([np.pad(columns, p) for (columns, _), p in zip(found, pad, strict=True)]),
+                np.stack([np.pad(valid, p) for (_, valid), p in zip(found, pad, strict=True)]),
+            )
+        return self._tables[choices]
 
     def metric_columns(self, rows: Rows) -> tuple[Ints, Bools]:
         """(columns, valid), ``row chosen``, at which the metric wants logits of rows; none without a metric."""

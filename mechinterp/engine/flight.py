@@ -1,7 +1,7 @@
 """Rows of a packed sweep on their way through the layers, all in one matrix."""
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mechinterp.engine.cells import Bools, Ints, Rows
-from mechinterp.engine.writing import Runs, Writing, ragged
+from mechinterp.engine.runs import Runs
+from mechinterp.engine.writing import Writing, ragged
 from mechinterp.model.attention import PREFIX, raw_scores, register, softmax
 from mechinterp.model.hooks import route
 from mechinterp.model.model import Model
@@ -20,6 +21,8 @@ _OUTPUTS = ("q", "k", "v", "q_normed", "k_normed", "mlp_gate", "mlp_up", "router
 """Kinds that are outputs of modules inside attention and MLP; the table of families says of which."""
 CACHE = 1 << 22
 """Bytes of one tensor inside an MLP that a processor keeps near."""
+SMALL = 1 << 10
+"""Pairs of a query and a key below which a call of attention costs more than what it computes."""
 _KINDS = list(KINDS)
 _BEFORE_Z = tuple(_KINDS[_KINDS.index("attn_in") : _KINDS.index("z")])
 _IN_ATTENTION = (*_BEFORE_Z, "z", "head_out")
@@ -75,12 +78,20 @@ class Flight(Writing):
             attn = self._act("attn_out", self._attention(layer, tokens))
             if only is not None:
                 keep = self._token(np.arange(len(self.rows))[:, None], only)
-                keep = np.unique(keep[keep >= 0])
+                keep = np.unique(np.concatenate([keep[keep >= 0], self._late()]))
                 self.slot = np.full(len(tokens), -1, np.int64)
                 self.slot[keep] = np.arange(len(keep))
                 tokens, attn = tokens[self.s.tensor(keep)], attn[self.s.tensor(keep)]
             tokens = self._act("resid_mid", attn.add_(tokens))
             return self._act("resid_post", self._mlp(layer, tokens))
+
+    def _late(self) -> Ints:
+        """Tokens of which something is kept after the attention of this layer."""
+        after = _KINDS[_KINDS.index("attn_out") + 1 :]
+        cells = {run.cell for kind in after for run, _ in self.record.get((self.layer, kind), ())}
+        rows = np.nonzero(np.isin(self.rows.cell, list(cells)))[0]
+        which, columns = ragged(self.rows.start[rows], self.rows.length[rows])
+        return self._token(rows[which], columns)
 
     def _attention(self, layer: Any, tokens: Tensor) -> Tensor:
         """attn_out of tokens; nothing is computed that would be held anyway."""
@@ -198,7 +209,7 @@ class Flight(Writing):
 
     def _busy(self, kind: str) -> bool:
         """Whether anything is written or read at a kind in this layer."""
-        return (self.layer, kind) in self.work or (self.layer, kind) in self.read
+        return any((self.layer, kind) in each for each in (self.work, self.read, self.record))
 
     def _heads(self, projection: Any, attn: Tensor) -> Tensor:
         """Writes at head_out: a change of the sum."""
@@ -214,61 +225,88 @@ class Flight(Writing):
         query, key = (self._act(k, x[0].transpose(0, 1)) for k, x in (("q_rot", query), ("k_rot", key)))
         value = value[0].transpose(0, 1)
         z = torch.empty_like(query)
-        flying = np.nonzero(self.offset >= 0)[0]
-        spread = self.rows.spreads[flying] | (self.rows.enters[flying] < self.layer)
-        shapes = np.stack([self.rows.start[flying], self.stop[flying], spread], 1)
-        for rows in np.split(flying, np.nonzero((shapes[1:] != shapes[:-1]).any(1))[0] + 1):
-            start, stop = int(self.rows.start[rows[0]]), int(self.stop[rows[0]])
-            whole = bool(self.rows.spreads[rows[0]] or self.rows.enters[rows[0]] < self.layer)
-            size = max(1, self.budget // 16 // (stop * 2 * query[0].numel() * query.element_size()))
-            for begin in range(0, len(rows), size):
-                self._group(z, query, key, value, rows[begin : begin + size], start, stop, whole, scaling)
+        own = len(key)
+        stores = [torch.cat([x, self._base(kind).flatten(0, 1)]) for kind, x in (("k_rot", key), ("v", value))]
+        for rows in self._pieces(2 * query[0].numel() * query.element_size()):
+            self._attend(z, query, stores, own, rows, scaling)
         self.z = self._act("z", z)
         return self.z[None]
 
-    def _group(
-        self,
-        z: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: Ints,
-        start: int,
-        stop: int,
-        whole: bool,
-        scaling: float,
-    ) -> None:
-        """Attention of neighbouring rows with the same columns; before these have spread, they see the base's keys."""
-        first, width = int(self.offset[rows[0]]), stop - start
+    def _base(self, kind: str) -> Tensor:
+        """The base run's keys or values in this layer, ``example column head d_head``."""
+        return self.s.value(Site(kind, self.layer))
 
-        def own(packed: Tensor) -> Tensor:
-            """``row column head d_head``, without a copy."""
-            return packed[first : first + len(rows) * width].view(len(rows), width, *packed.shape[1:])
+    def _pieces(self, size: int) -> Iterator[Ints]:
+        """Neighbouring rows that attend in one call: as wide as the widest, where that wastes no more than it saves.
 
-        keys, values = (self._base(kind, rows, start if whole else stop) for kind in ("k_rot", "v"))
-        if whole:
-            keys, values = torch.cat([keys, own(key)], 1), torch.cat([values, own(value)], 1)
-        columns = torch.arange(stop, device=query.device)
-        distance = columns[start:, None] - columns
-        visible = distance >= 0
-        if (window := self.model.dims.windows[self.layer]) is not None:
-            visible &= distance < window
-        some, keys, values = (x.transpose(1, 2) for x in (own(query), keys, values))
+        Args:
+            size: bytes of one column's key and value.
+        """
+        flying = np.nonzero(self.offset >= 0)[0]
+        width, stop = (self.stop - self.rows.start)[flying], self.stop[flying]
+        alike = np.nonzero(np.diff(width, prepend=-1) | np.diff(stop, prepend=-1))[0]
+        begin, wide, far, real = 0, 0, 0, 0
+        for first, last in zip(alike, [*alike[1:], len(flying)], strict=True):
+            w, k = max(wide, int(width[first])), max(far, int(stop[first]))
+            area = int(width[first] * stop[first]) * int(last - first)
+            if begin < first and int(last - begin) * w * k > max(2 * (real + area), SMALL):
+                yield from self._fitting(flying[begin:first], wide, far, size)
+                begin, w, k, real = int(first), int(width[first]), int(stop[first]), 0
+            wide, far, real = w, k, real + area
+        yield from self._fitting(flying[begin:], wide, far, size)
+
+    def _fitting(self, rows: Ints, width: int, stop: int, size: int) -> Iterator[Ints]:
+        """As many rows at a time as a part of the budget allows."""
+        step = max(1, self.budget // 16 // (stop * (size + 5 * width)))
+        for begin in range(0, len(rows), step):
+            yield rows[begin : begin + step]
+
+    def _attend(self, z: Tensor, query: Tensor, stores: list[Tensor], own: int, rows: Ints, scaling: float) -> None:
+        """Attention of neighbouring rows, put into z; before their writes have spread, they see the base's keys.
+
+        Args:
+            stores: keys and values: of all tokens in flight, `own` in number, and behind them the base run's.
+        """
+        start, stop = self.rows.start[rows], self.stop[rows]
+        first, width, columns = self.offset[rows], stop - start, np.arange(int(stop.max()))
+        spread = self.rows.spreads[rows] | (self.rows.enters[rows] < self.layer)
+        mine = (columns >= start[:, None]) & (columns < stop[:, None]) & spread[:, None]
+        base = own + self.rows.example[rows][:, None] * self._base("v").shape[1] + columns
+        at = np.arange(int(width.max()))
+
+        def taken(store: Tensor, token: Ints) -> Tensor:
+            """``row head column d_head``"""
+            found = store.index_select(0, self.s.tensor(token.ravel()))
+            return found.view(*token.shape, *store.shape[1:]).transpose(1, 2)
+
+        seen = np.where(mine, (first - start)[:, None] + columns, base)
+        key, value = (taken(store, seen) for store in stores)
+        some = taken(query, first[:, None] + np.minimum(at, width[:, None] - 1))
+        alike = start[:1] if (start == start[0]).all() else start  # one mask for all, if it can be
+        distance = alike[:, None, None] + at[:, None] - columns
+        window = self.model.dims.windows[self.layer]
+        visible = self.s.tensor((distance >= 0) & (distance < (window or np.inf)))[:, None]
         out = torch.nn.functional.scaled_dot_product_attention(
-            some, keys, values, attn_mask=visible, scale=scaling, enable_gqa=True
+            some, key, value, attn_mask=visible, scale=scaling, enable_gqa=True
         )
-        own(z).copy_(out.transpose(1, 2))
+        real = self.s.tensor(at < width[:, None])
+        z[int(first[0]) : int(first[-1] + width[-1])] = out.transpose(1, 2)[real]
         which = np.nonzero(self._patterned(rows))[0]
-        if len(which):
-            pick = self.s.tensor(which)
-            own(z)[pick] = self._explicit(rows[which], some[pick], keys[pick], values[pick], visible, start, scaling)
-
-    def _base(self, kind: str, rows: Ints, seen: int) -> Tensor:
-        """The base run's keys or values before a column, for each row; one example's are shared, not copied."""
-        whole, example = self.s.value(Site(kind, self.layer))[:, :seen], self.rows.example[rows]
-        if (example == example[0]).all():
-            return whole[int(example[0])].expand(len(rows), *whole.shape[1:])
-        return whole[self.s.tensor(example)]
+        shapes = np.stack([start, stop], 1)[which]
+        for same in np.split(which, np.nonzero((shapes[1:] != shapes[:-1]).any(1))[0] + 1) if len(which) else ():
+            i, wide, far = int(same[0]), int(width[same[0]]), int(stop[same[0]])
+            pick = self.s.tensor(same)
+            new = self._explicit(
+                rows[same],
+                some[pick, :, :wide],
+                key[pick, :, :far],
+                value[pick, :, :far],
+                visible[0 if len(alike) == 1 else i, :, :wide, :far],
+                int(start[i]),
+                scaling,
+            )
+            for row, one in zip(rows[same], new, strict=True):
+                z[int(self.offset[row]) : int(self.offset[row]) + wide] = one
 
     def _patterned(self, rows: Ints) -> Bools:
         groups = [w.groups for kind in PATTERN_KINDS for w in self.work.get((self.layer, kind), ())]

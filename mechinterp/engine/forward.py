@@ -32,11 +32,6 @@ class Passed:
     """For every metric, logits at its positions and rows."""
     rows: Mapping[Metric, Rows]
 
-    def part(self, examples: slice) -> "Passed":
-        """What it gave for some of its examples."""
-        values = {read: value[examples] for read, value in self.values.items()}
-        return Passed(values, {metric: value[examples] for metric, value in self.logits.items()}, self.rows)
-
 
 @torch.no_grad()
 def forward(

@@ -20,8 +20,8 @@ from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.cells import Cells, Ints, Rows
 from mechinterp.engine.flight import Flight
 from mechinterp.engine.forward import out_of_memory, score
+from mechinterp.engine.runs import Runs
 from mechinterp.engine.sweep import Grid, entries
-from mechinterp.engine.writing import Runs
 from mechinterp.errors import NeedsError
 from mechinterp.model.attention import PREFIX
 from mechinterp.model.model import Model
@@ -234,49 +234,70 @@ class _Sweeping(Runs):
     ) -> None:
         super().__init__(model, batch, sweep, width, tick)
         self.budget, self.skip = budget, skip
+        self.values: Tensor | None = None
+        """The metric of every row, ``example cell``."""
+        self.ends: tuple[Tensor | None, Tensor | None] = (None, None)
+        """The metric of the base and the source run."""
 
     def run(self) -> Swept:
         """`reads` are ``example cell *site`` here."""
-        metric, sweep = self.sweep.metric, self.sweep
-        base = source = values = None
         rows, missing = self.rows(self.skip)
-        if metric is not None:
-            base = score(metric, self.batch.run(sweep.base), self.base, self.clean)
-            values = base[:, None].repeat(1, self.grid.rows)
-            if self.source is not None:
-                source = score(metric, self.batch.run(sweep.source), self.source, self.clean)
-        for site in sweep.reads:
-            whole = select(self.value(site.whole), site, self.batch.where(site.positions, strict=False))
-            self.reads[site] = whole[:, None].repeat(1, self.grid.rows, *[1] * (whole.ndim - 1))
-        for chunk in self._chunks(rows):
-            self._fly(chunk, values)
+        aboard = self.board(rows, min(TOKENS, self.budget // 2 // _bytes_in_flight(self.model)), self.skip)
+        if not self.along or not self._fly(aboard.neighbours()):
+            self.passes()
+            self._unedited()
+            for chunk in self._chunks(rows):
+                self._fly(chunk)
+        values = self.values
         if values is not None:
             values = values.masked_fill(torch.as_tensor(missing, device=self.device), float("nan"))
             values = values.reshape(len(self.lengths), *(len(entries) for _, entries in self.grid.axes))
         names = tuple(name for name, _ in self.grid.axes)
-        return Swept(values, names, base, source, self.reads, dict(self.grid.axes))
+        return Swept(values, names, *self.ends, self.reads, dict(self.grid.axes))
 
-    def _fly(self, rows: Rows, values: Tensor | None) -> None:
-        """Take a chunk of rows through the model; halved, and halved again, when memory runs out."""
+    def _unedited(self) -> None:
+        """What the unedited runs give, which is what rows have that are not run."""
+        metric, sweep = self.sweep.metric, self.sweep
+        if metric is not None:
+            base = score(metric, self.batch.run(sweep.base), self.base, self.clean)
+            source = self.source and score(metric, self.batch.run(sweep.source), self.source, self.clean)
+            self.ends, self.values = (base, source), base[:, None].repeat(1, self.grid.rows)
+        for site in sweep.reads:
+            whole = select(self.value(site.whole), site, self.batch.where(site.positions, strict=False))
+            self.reads[site] = whole[:, None].repeat(1, self.grid.rows, *[1] * (whole.ndim - 1))
+
+    def _fly(self, rows: Rows) -> bool:
+        """Take a chunk of rows through the model; halved, and halved again, when memory runs out.
+
+        False if it ran out with the unedited runs among the rows, which are not parted from them.
+        """
         try:
             flight = Flight(self, rows, self.budget)
             row, which, final = flight.run()
-            if values is not None:
-                self._score(rows, row, which, final, values)
+            if self.along:
+                self.land(rows, row, final)
+                self._unedited()
+            if self.values is not None:
+                self._score(rows, row, which, final, self.values)
         except (RuntimeError, MemoryError) as error:
             cells = np.unique(rows.cell)
-            if not out_of_memory(error) or len(cells) == 1:
+            if not out_of_memory(error) or (len(cells) == 1 and not self.along):
                 raise
             half = rows.cell < cells[len(cells) // 2]
         else:
-            self.tick("sweep_rows", len(rows))
-            self.tick("sweep_token_layers", flight.token_layers)
-            return
+            own = rows.cell < self.grid.rows
+            unedited = int((rows.length - rows.start)[~own].sum()) * self.model.dims.n_layers
+            self.tick("sweep_rows", int(own.sum()))
+            self.tick("sweep_token_layers", flight.token_layers - unedited)
+            return True
+        if self.along:
+            return False
         self.budget = max(1, self.budget // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         for part in (rows.take(half), rows.take(~half)):
-            self._fly(part, values)
+            self._fly(part)
+        return True
 
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
         """Whole cells, early layers first, as many as fit into what the caches leave of the budget."""
@@ -337,10 +358,10 @@ class _Sweeping(Runs):
         A callable sees every example of one cell, as it would in passes of its own.
         """
         if not isinstance(self.sweep.metric, Function):
-            step = max(1, self.budget // (64 * size))
-            for begin in range(0, len(rows), step):
-                some = np.arange(begin, min(begin + step, len(rows)))
-                yield some, some - begin, rows.example[some], rows.cell[some]
+            step, every = max(1, self.budget // (64 * size)), np.nonzero(rows.cell < self.grid.rows)[0]
+            for begin in range(0, len(every), step):
+                some = every[begin : begin + step]
+                yield some, np.arange(len(some)), rows.example[some], rows.cell[some]
             return
         for cell in np.unique(rows.cell):
             some = np.nonzero(rows.cell == cell)[0]

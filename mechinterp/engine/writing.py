@@ -1,103 +1,18 @@
-"""What rows of a packed sweep begin from, and what they write on their way."""
+"""What rows of a packed sweep write on their way, and what is read of them."""
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mechinterp.core.analyzer import Sweep
 from mechinterp.core.interventions import Intervention
-from mechinterp.core.metrics import Metric
-from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
-from mechinterp.engine.cells import Cells, Ints, Rows
-from mechinterp.engine.forward import Passed, forward
-from mechinterp.model.model import Model
+from mechinterp.engine.cells import Ints, Rows
+from mechinterp.engine.runs import Along, Runs
 from mechinterp.model.slices import index, overwrite
 from mechinterp.sites import Site, resolve
-
-TOGETHER = 256
-"""Tokens of a run up to which the base and the source run are one pass, whose cost is reading the weights."""
-
-
-class Runs(Cells):
-    """The cells with their unedited runs: what rows begin from, and what they write."""
-
-    def __init__(
-        self, model: Model, batch: TokenBatch, sweep: Sweep, width: int, tick: Callable[[str, int], None]
-    ) -> None:
-        super().__init__(model, batch, sweep, width)
-        self.tick = tick
-        self.device = batch.ids.device
-        self.held = resolve(sweep.held, model.dims.n_layers)
-        self.reads: dict[Site, Tensor] = {}
-        """What rows have at sites, ``example cell *site``; the base run's where a row is not run."""
-        self._passes()
-
-    def _passes(self) -> None:
-        """The base run, the source run, and the clean run where a metric compares."""
-        model, sweep, n = self.model, self.sweep, self.model.dims.n_layers
-        metrics = [] if sweep.metric is None else [sweep.metric]
-        patched, edited = self._sites()
-        kept = [Site(kind, i) for kind in ("resid_pre", "k_rot", "v") for i in range(n)] + [Site("resid_post", n - 1)]
-        kept += edited  # an intervention sees all columns, and those before a row's first are the base's
-        kept += [site.whole for one in sweep.given for site in resolve(one.site, n)]
-        kept += [site.whole for site in (*self.held, *sweep.reads)]
-        if sweep.given and not metrics:
-            kept.append(Site("final_norm"))  # something may be given there
-        reads, wanted = ([Read(site) for site in dict.fromkeys(sites)] for sites in (kept, patched))
-        self.source: Passed | None = None
-        base = self.batch.run(sweep.base)
-        ours = all(type(metric).__module__ == Metric.__module__ for metric in metrics)  # another may know its batch
-        if sweep.patches and not sweep.given and ours and base.ids.numel() <= TOGETHER:
-            both = base.take(list(range(len(base))) * 2)
-            both = replace(both, ids=torch.cat([base.ids, self.batch.run(sweep.source).ids]))
-            passed = forward(model, both, list(dict.fromkeys([*reads, *wanted])), metrics)
-            self.base, self.source = passed.part(slice(len(base))), passed.part(slice(len(base), None))
-            self.tick("sweep_runs", 1)
-        else:
-            self.base = forward(model, base, reads, metrics, sweep.given)
-            self.source = forward(model, self.batch.run(sweep.source), wanted, metrics) if sweep.patches else None
-            self.tick("sweep_runs", 1 + sweep.patches)
-        self.clean: Passed | None = None
-        if sweep.metric is not None and sweep.metric.compares:
-            self.clean = forward(model, self.batch, (), metrics)
-            self.tick("sweep_runs", 1)
-
-    def _sites(self) -> tuple[list[Site], list[Site]]:
-        """The whole sites at which source values are written, and those where interventions act."""
-        patched: dict[Site, None] = {}
-        edited: dict[Site, None] = {}
-        for number, group in enumerate(self.grid.groups):
-            for i, site in enumerate(group):
-                write = self.grid.writes[number][i] if self.grid.writes else self.grid.write
-                (patched if write is None else edited)[site.whole] = None
-        return list(patched), list(edited)
-
-    def value(self, site: Site) -> Tensor:
-        """What the base run had at a whole site."""
-        return self.base.values[Read(site)]
-
-    def residual(self, layer: int) -> Tensor:
-        """The base run's residual stream entering a layer, or, one beyond the last, leaving it."""
-        n = self.model.dims.n_layers
-        return self.value(Site("resid_pre", layer) if layer < n else Site("resid_post", n - 1))
-
-    def entering(self, layer: int, rows: Rows, which: Ints, columns: Ints) -> Tensor:
-        """What tokens of rows that join at a layer begin from: the base run's residual, or their own embedding."""
-        if self.edited is None:
-            return self.residual(layer)[self.tensor(rows.example[which]), self.tensor(columns)]
-        own = self.edited.ids[self.tensor(self.place[rows.example, rows.cell][which]), self.tensor(columns)]
-        embed: Any = self.model.hf.get_submodule(f"{self.model.arch.base}.{self.model.arch.embed}")
-        return embed(own[None])[0]
-
-    def tensor(self, numbers: Any) -> Tensor:
-        return torch.as_tensor(numbers, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -137,6 +52,20 @@ class Writing:
         """(layer, kind) → sites that are read there."""
         for site in runs.sweep.reads:
             self.read[self._when(site)].append(site)
+        self.record: dict[tuple[int, str], list[tuple[Along, Site]]] = defaultdict(list)
+        """(layer, kind) → what is kept there of the unedited runs that go along."""
+        self.along: dict[int, tuple[Ints, Ints, tuple[Tensor, Tensor]]] = {}
+        """Cell → row and column of each token of such a run, and the example and column that these are."""
+        for run in runs.along:
+            row = np.nonzero(rows.cell == run.cell)[0]
+            which, column = ragged(rows.start[row], rows.length[row])
+            row = row[which]
+            self.along[run.cell] = row, column, (runs.tensor(rows.example[row]), runs.tensor(column))
+            for site in run.sites:
+                before = site.kind == "resid_pre" and site.layer  # the end of the layer before
+                when = (site.layer - 1, "resid_post") if before and site.layer else self._when(site)
+                if site.layer or site.kind not in ("embed", "resid_pre"):  # which are known
+                    self.record[when].append((run, site))
 
     def _when(self, site: Site) -> tuple[int, str]:
         last = site.kind in ("final_norm", "logits")
@@ -145,7 +74,7 @@ class Writing:
     def _work(self) -> dict[tuple[int, str], list[Work]]:
         """(layer, kind) → writes there: what is given, then what is held, then the rows' own."""
         out: dict[tuple[int, str], list[Work]] = defaultdict(list)
-        every = np.unique(self.group)
+        every = np.unique(self.group[self.rows.cell < self.s.grid.rows])  # not of runs that go along
         for one in self.s.sweep.given:
             for site in resolve(one.site, self.model.dims.n_layers):
                 if site.kind == "resid_pre" and site.layer:  # tokens that join are given it already
@@ -179,6 +108,9 @@ class Writing:
             joining: only these rows, by what they write themselves: the base run has the rest already.
         """
         flying = self.offset >= 0
+        for run, site in self.record.get((self.layer, kind), ()) if joining is None else ():
+            row, column, where = self.along[run.cell]
+            run.keep(site, where, value[self.s.tensor(self._token(row, column))])
         work = self.work.get((self.layer, kind), ())
         value = value.clone() if work else value
         for one in work:
@@ -223,18 +155,17 @@ class Writing:
 
     def _written(self, work: Work, rows: Ints) -> Iterator[tuple[Ints, Ints, list[int] | None]]:
         """(row, column, heads or neurons) of all that is written in rows; once for each choice of these."""
-        for position, part in itertools.product(
-            np.unique(self.position[rows]).tolist(), np.unique(self.part[rows]).tolist()
-        ):
-            some = rows[(self.position[rows] == position) & (self.part[rows] == part)]
-            site = self._exact(work, position, part)
-            columns, valid = self.s.columns(site.positions)
+        where = tuple(self._exact(work, position, 0).positions for position in range(len(self.s.grid.positions)))
+        columns, valid = self.s.table(where)
+        for part in np.unique(self.part[rows]).tolist():
+            some = rows[self.part[rows] == part]
+            site = self._exact(work, 0, part)
             chosen = site.heads if site.neurons is None else site.neurons
-            which, at = np.nonzero(valid[self.rows.example[some]])
+            which, at = np.nonzero(valid[self.position[some], self.rows.example[some]])
             row = some[which]
             yield (
                 row,
-                columns[self.rows.example[row], at],
+                columns[self.position[row], self.rows.example[row], at],
                 None if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen),
             )
 
