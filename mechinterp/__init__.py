@@ -64,6 +64,7 @@ _NAMES = {
     "LogitLens": "mechinterp.analyzers.lens",
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
+    "HeadWeights": "mechinterp.analyzers.head_weights",
     "ActivationPatching": "mechinterp.analyzers.patching",
     "AttributionPatching": "mechinterp.analyzers.attribution",
     "CausalTracing": "mechinterp.analyzers.tracing",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.attribution import AttributionPatching as AttributionPatching
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
+    from mechinterp.analyzers.head_weights import HeadWeights as HeadWeights
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching

@@ -16,6 +16,7 @@ ANALYZERS: list[tuple[mi.Analyzer, tuple[str, ...]]] = [
     (mi.LogitLens(positions=None), ("rank", "top_id", "top_token")),
     (mi.DirectLogitAttribution(), ()),
     (mi.HeadRoles(sequences=4, length=8), ()),
+    (mi.HeadWeights(directions=2, top=3), ()),
     (mi.ActivationPatching("resid_pre", positions=("S2", "end")), ()),
     (mi.ActivationPatching("z", heads="each", positions="end", direction="noise"), ()),
     (mi.ActivationPatching(("attn_out", "mlp_out")), ()),

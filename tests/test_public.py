@@ -56,6 +56,7 @@ NAMES = [
     "LogitLens",
     "DirectLogitAttribution",
     "HeadRoles",
+    "HeadWeights",
     "ActivationPatching",
     "AttributionPatching",
     "CausalTracing",

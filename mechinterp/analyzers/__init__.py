@@ -30,6 +30,7 @@ TABLE = {
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "edge-attribution": "edges:EdgeAttribution",
         "head-roles": "heads:HeadRoles",
+        "head-weights": "head_weights:HeadWeights",
         "logit-lens": "lens:LogitLens",
         "path-patching": "paths:PathPatching",
     }.items()

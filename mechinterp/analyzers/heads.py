@@ -202,24 +202,26 @@ def role_mass(block: Float[Tensor, "example head query key"], queries: slice, ba
     """
     start, real = batch.starts[:, None], batch.mask[:, queries]
     query = torch.arange(queries.start, queries.stop, device=block.device)
-    row = torch.arange(len(query), device=block.device)
-
-    def before(offset: int, past: int) -> Tensor:
-        """On the key `offset` before each query, where that is `past` the first token: example head."""
-        key = query - offset
-        seen = real & (key >= start + past)
-        return (block[:, :, row, key.clamp(min=0)] * seen[:, None]).sum(-1)
-
     at_first = block.take_along_dim(start[:, :, None, None].expand(*block.shape[:3], 1), 3)[..., 0]
     first = (at_first * (real & (query > start))[:, None]).sum(-1)
-    local = torch.stack([before(offset, 1) for offset in range(1, LOCAL + 1)]).sum(0)
+    local = torch.stack([at_offset(block, queries, batch, offset, 1) for offset in range(1, LOCAL + 1)]).sum(0)
     same = batch.ids[:, queries, None] == batch.ids[:, None, :]
     same &= (torch.arange(block.shape[-1], device=block.device) < query[:, None]) & batch.mask[:, None, :]
     matches = torch.zeros(len(batch), 2, *same.shape[1:], dtype=block.dtype, device=block.device)
     matches[:, 0], matches[:, 1, :, 1:] = same, same[:, :, :-1]
     matches *= real[:, None, :, None]
     by_match = matches.flatten(2) @ block.flatten(2).transpose(1, 2)
-    return torch.cat([torch.stack([before(1, 0), local, first], 1), by_match], 1)
+    return torch.cat([torch.stack([at_offset(block, queries, batch, 1), local, first], 1), by_match], 1)
+
+
+def at_offset(
+    block: Float[Tensor, "example head query key"], queries: slice, batch: TokenBatch, offset: int, past: int = 0
+) -> Float[Tensor, "example head"]:
+    """Attention on the key `offset` before each query, where that is `past` the first token, summed over queries."""
+    query = torch.arange(queries.start, queries.stop, device=block.device)
+    key = query - offset
+    seen = batch.mask[:, queries] & (key >= batch.starts[:, None] + past)
+    return (block[:, :, torch.arange(len(query), device=block.device), key.clamp(min=0)] * seen[:, None]).sum(-1)
 
 
 @dataclass(frozen=True)
