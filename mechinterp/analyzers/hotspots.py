@@ -89,7 +89,11 @@ class Hotspots(Analyzer):
                 "of_example": (cells, example),
                 "strongest": (("pair",), top[named].astype(np.float32)),
             },
-            {**{name: data[name].values for name in ("layer", "head")}, "rank": np.arange(order.shape[-1]), "pair": pairs},
+            {
+                **{name: data[name].values for name in ("layer", "head")},
+                "rank": np.arange(order.shape[-1]),
+                "pair": pairs,
+            },
             {"unit": "share of attention"},
         )
         view = View(

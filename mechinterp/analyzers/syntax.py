@@ -65,6 +65,8 @@ class SyntacticHeads(Analyzer):
 
     def needs(self, model: Model) -> Needs:
         texts = [place(sentence, model) for sentence in read_conllu(self.path)]
+        if not any(t.links for t in texts):
+            raise ExamplesError(f"{self.path} has no dependency between two words that are mapped; give a parsed text")
         hits = Hits(tuple(t.words for t in texts), tuple(tuple(link[:2] for link in t.links) for t in texts))
         own = Own(Examples.of([t.ids for t in texts]), Read(sites.pattern(), reduce=Reduce(hits, "example head link")))
         return Needs(on={"sentences": own})
@@ -175,7 +177,9 @@ def place(sentence: Sentence, model: Model) -> Placed:
     """A sentence's words and dependencies in a model's tokens."""
     tokenizer: Any = model.tokenizer
     if not getattr(tokenizer, "is_fast", False):
-        raise ExamplesError("words are found by their characters, which needs a fast tokenizer; load one with the model")
+        raise ExamplesError(
+            "words are found by their characters, which needs a fast tokenizer; load one with the model"
+        )
     out = tokenizer(sentence.text, return_offsets_mapping=True, verbose=False)
     touched = [
         [t for t, (a, b) in enumerate(out["offset_mapping"]) if span and a < span[1] and b > span[0]]
