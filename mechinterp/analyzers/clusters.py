@@ -83,7 +83,7 @@ class HeadClusters(Analyzer):
         if not 0 <= self.example < values.sizes["example"]:
             raise ExamplesError(f"there is no example {self.example} among {values.sizes['example']}; choose another")
         each = values.values.reshape(values.sizes["example"], -1, len(FEATURES))
-        known = np.isfinite(each).any((0, 1))
+        known = np.asarray(np.isfinite(each).any((0, 1)))
         each = each[:, :, known]
         data = self._grouped(each, [f for f, k in zip(FEATURES, known, strict=True) if k], context.model)
         ids = context.tokens.ids[self.example][: self.shown]
