@@ -1,7 +1,7 @@
 """Three analyzers from one pass: what it costs beside its floor, beside separate runs, beside peers.
 
 The work: SmolLM2-135M, 32 indirect-object prompts, and from them `LogitLens(positions="end",
-top_k=5)`, `DirectLogitAttribution()` and `HeadRoles(sequences=0)`, that is, the prompt pass alone.
+top_k=5)`, `DirectLogitAttribution()` and `HeadRoles(sequences=0, weights=False)`, the prompt pass alone.
 
 The floor is one bare Hugging Face forward of ``hf.model`` on the same padded ids and mask (no hooks,
 no cache, no unembedding) and then the analyzers' own arithmetic on activations saved beforehand:
@@ -56,7 +56,7 @@ class Work:
     analyzers: tuple[mi.Analyzer, ...] = (
         mi.LogitLens(top_k=5, positions="end"),
         mi.DirectLogitAttribution(),
-        mi.HeadRoles(sequences=0),
+        mi.HeadRoles(sequences=0, weights=False),
     )
     batch: mi.TokenBatch = field(init=False)
     reads: tuple[tuple[Read, ...], ...] = field(init=False)

@@ -64,6 +64,10 @@ _NAMES = {
     "LogitLens": "mechinterp.analyzers.lens",
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
     "HeadRoles": "mechinterp.analyzers.heads",
+    "HeadWeights": "mechinterp.analyzers.head_weights",
+    "HeadClusters": "mechinterp.analyzers.clusters",
+    "Hotspots": "mechinterp.analyzers.hotspots",
+    "SyntacticHeads": "mechinterp.analyzers.syntax",
     "ActivationPatching": "mechinterp.analyzers.patching",
     "AttributionPatching": "mechinterp.analyzers.attribution",
     "CausalTracing": "mechinterp.analyzers.tracing",
@@ -85,13 +89,17 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.ablation import Ablation as Ablation
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.attribution import AttributionPatching as AttributionPatching
+    from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
+    from mechinterp.analyzers.head_weights import HeadWeights as HeadWeights
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
+    from mechinterp.analyzers.hotspots import Hotspots as Hotspots
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
+    from mechinterp.analyzers.syntax import SyntacticHeads as SyntacticHeads
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ ANALYZERS: list[tuple[mi.Analyzer, tuple[str, ...]]] = [
     (mi.LogitLens(positions=None), ("rank", "top_id", "top_token")),
     (mi.DirectLogitAttribution(), ()),
     (mi.HeadRoles(sequences=4, length=8), ()),
+    (mi.HeadWeights(directions=2, top=3), ()),
+    (mi.HeadClusters(shown=6), ()),
+    (mi.Hotspots(pairs=3), ()),
+    (mi.SyntacticHeads(str(Path(__file__).parent / "sentences.conllu")), ()),
     (mi.ActivationPatching("resid_pre", positions=("S2", "end")), ()),
     (mi.ActivationPatching("z", heads="each", positions="end", direction="noise"), ()),
     (mi.ActivationPatching(("attn_out", "mlp_out")), ()),

@@ -29,9 +29,13 @@ TABLE = {
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "edge-attribution": "edges:EdgeAttribution",
+        "head-clusters": "clusters:HeadClusters",
         "head-roles": "heads:HeadRoles",
+        "head-weights": "head_weights:HeadWeights",
+        "hotspots": "hotspots:Hotspots",
         "logit-lens": "lens:LogitLens",
         "path-patching": "paths:PathPatching",
+        "syntactic-heads": "syntax:SyntacticHeads",
     }.items()
 }
 """Our own analyzers, imported when they are found."""

@@ -83,15 +83,24 @@ class WeightsByHead:
         weight = self._read_by_kv(layer, kind, per_query_head)
         return weight, bias if bias is None or repeat == 1 else bias.repeat_interleave(repeat, 0)
 
-    def OV(self, layer: int) -> FactoredMatrix:
+    def gamma(self, layer: int | None = None) -> Float[Tensor, "d_model"]:
+        """γ, the weight of the norm before a layer's attention, or of the final norm; in float32."""
+        final = f"{self.arch.base}.{self.arch.norm}"
+        return self._module(final if layer is None else f"{self.arch.layer(layer)}.input_layernorm").weight.float()
+
+    def OV(self, layer: int, *, fold: bool = False) -> FactoredMatrix:
         """W_V W_O of each query head, ``head d_model d_model``: what a head writes, of what it attends to.
 
         Biases and norms are not in it. ``model.W_E @ model.OV(layer) @ model.W_U.T`` is each head's circuit
         from token to logit, vocab × vocab and never built; its ``eigenvalues`` cost d_head × d_head.
-        """
-        return FactoredMatrix(self.W_V(layer, per_query_head=True), self.W_O(layer))
 
-    def QK(self, layer: int, *, ignore_norm: bool = False) -> FactoredMatrix:
+        Args:
+            fold: γ W_V W_O: with the weight of the norm that the head reads through, on a copy.
+        """
+        read = self.W_V(layer, per_query_head=True)
+        return FactoredMatrix(self.gamma(layer)[:, None] * read.float() if fold else read, self.W_O(layer))
+
+    def QK(self, layer: int, *, ignore_norm: bool = False, fold: bool = False) -> FactoredMatrix:
         """W_Q W_Kᵀ of each query head, ``head d_model d_model``: ``attn_in_q @ QK @ attn_in_kᵀ``.
 
         Biases, rotary and the scale 1/√d_head are not in it, so it is the score, up to scale, of a query and
@@ -99,9 +108,20 @@ class WeightsByHead:
 
         Args:
             ignore_norm: leave out q/k-norm too, where the family has it (Qwen3).
+            fold: γ W_Q W_Kᵀ γ: with the weight of the norm that the head reads through, on a copy. Where q and
+                k are normed, their norms' weights are in it as well, and scores are what it gives times one
+                positive number for each query and each key.
         Raises:
-            ModelError: the family norms q and k, so that scores are not bilinear.
+            ModelError: the family norms q and k, so that scores are not bilinear; unless folded.
         """
+        if fold:
+            gamma = self.gamma(layer)[:, None]
+            query, key = self.W_Q(layer).float(), self.W_K(layer, per_query_head=True).float()
+            if self.arch.qk_norm:
+                attention = f"{self.arch.layer(layer)}.self_attn"
+                query = query * self._module(f"{attention}.q_norm").weight.float()
+                key = key * self._module(f"{attention}.k_norm").weight.float()
+            return FactoredMatrix(gamma * query, (gamma * key).mT)
         if self.arch.qk_norm and not ignore_norm:
             raise ModelError(
                 f"{self.arch.family} norms q and k before their product, so no matrix gives layer {layer}'s scores;"
