@@ -63,6 +63,8 @@ _NAMES = {
     "ActivationStats": "mechinterp.analyzers.stats",
     "LogitLens": "mechinterp.analyzers.lens",
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
+    "AttentionPatterns": "mechinterp.analyzers.patterns",
+    "AttentionProfile": "mechinterp.analyzers.patterns",
     "HeadRoles": "mechinterp.analyzers.heads",
     "ActivationPatching": "mechinterp.analyzers.patching",
     "AttributionPatching": "mechinterp.analyzers.attribution",
@@ -90,6 +92,8 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
+    from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns
+    from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
