@@ -124,7 +124,7 @@ class AttentionPatterns(Analyzer):
                 for i, j in (np.unravel_index(int(flat), strongest.shape) for flat in order)
             )
         )
-        return Result(data, {}, views)
+        return Result(data, {} if self.pair is None else {"pair": self.pair}, views)
 
 
 _WHOLE = "example head query key"
