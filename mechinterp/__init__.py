@@ -92,9 +92,9 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
+    from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns
     from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
-    from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
     from mechinterp.core.analyzer import (

@@ -42,8 +42,8 @@ class AttentionPatterns(Analyzer):
     query, NaN at padding; ``query_token``, ``key_token`` (``example query``, ``example key``). With
     `pair` also ``query_value``, ``key_value`` and ``product`` (``layer example head dim``): the query's
     and the key's numbers after rotary, each query head with the keys of its group, and their products,
-    whose sum over ``dim`` is the score before it is scaled; ``score`` (``layer example head``), scaled, NaN where the key is
-    outside a layer's sliding window.
+    whose sum over ``dim`` is the score before it is scaled; ``score`` (``layer example head``), scaled,
+    NaN where the key is outside a layer's sliding window.
 
     Attributes:
         layers, heads: None for all; the same heads in every layer.
@@ -168,7 +168,7 @@ def moved(pattern: Float[Tensor, "example head query key"], batch: TokenBatch) -
 
 @dataclass(frozen=True)
 class AttentionProfile(Analyzer):
-    """What each head's attention is like, by layer and head, reduced as it is computed: any number of texts, any length.
+    """What each head's attention is like, reduced as it is computed: any number of texts, of any length.
 
     Means over the queries past the first token (which can only attend to itself).
 
@@ -208,7 +208,11 @@ class AttentionProfile(Analyzer):
         return Result.of(parts, views=views)
 
 
-BINS = ("first", *(str(b) if b - a == 1 else f"{a + 1}-{b}" for a, b in zip((-1, *REACH), REACH, strict=False)), ">2048")
+BINS = (
+    "first",
+    *(str(b) if b - a == 1 else f"{a + 1}-{b}" for a, b in zip((-1, *REACH), REACH, strict=False)),
+    ">2048",
+)
 
 
 def profile_sums(block: Float[Tensor, "example head query key"], queries: slice, batch: TokenBatch) -> Tensor:

@@ -123,7 +123,8 @@ def head_grid(result: Result, heads: Sequence[Head] | None = None, example: int 
     width, each = min(1180, 150 + 250 * columns), 0
     each = (width - 150) // columns
     figure: Any = make_subplots(
-        lines, columns, shared_xaxes="all", shared_yaxes="all", subplot_titles=[f"layer {a}, head {b}" for a, b in chosen],
+        lines, columns, shared_xaxes="all", shared_yaxes="all",
+        subplot_titles=[f"layer {layer}, head {head}" for layer, head in chosen],
         horizontal_spacing=14 / width, vertical_spacing=26 / (lines * each + 26 * (lines - 1)) if lines > 1 else 0,
     )  # fmt: skip
     names = one.names(GRID_TOKENS)
@@ -135,14 +136,11 @@ def head_grid(result: Result, heads: Sequence[Head] | None = None, example: int 
     figure.update_yaxes(type="category", showticklabels=False, ticks="", showgrid=False, autorange="reversed")
     figure.update_annotations(font={"size": 11})
     figure.update_layout(coloraxis={"cmin": 0, "cmax": 1, **_colors()})
-    return _finish(
-        figure,
-        "Heads side by side",
-        ["queries go down, keys to the right; hover for tokens, drag to zoom into all", note, one.thinned(GRID_TOKENS)],
-        width,
-        lines * (each + 26) + 130,
-        plot_bgcolor=MISSING,
-    )
+    told = "queries go down, keys to the right; hover for tokens, drag to zoom into all"
+    notes = [told, note, one.thinned(GRID_TOKENS)]
+    _finish(figure, "Heads side by side", notes, width, lines * (each + 26) + 146, plot_bgcolor=MISSING)
+    figure.layout.margin.t += 16  # the panels' own titles
+    return figure
 
 
 def one_head(result: Result, heads: Sequence[Head] | None = None, example: int = 0) -> go.Figure:
@@ -394,9 +392,7 @@ def _menu(figure: go.Figure, names: Sequence[str], each: int, fixed: int = 0, fi
     buttons: list[dict[str, Any]] = []
     for i, name in enumerate(names):
         on = [True] * fixed + [j == i for j in range(len(names)) for _ in range(each)]
-        buttons.append(
-            {"label": html.escape(name, quote=False), "method": "restyle", "args": [{"visible": on}]}
-        )
+        buttons.append({"label": html.escape(name, quote=False), "method": "restyle", "args": [{"visible": on}]})
     figure.update_layout(
         updatemenus=[
             {

@@ -344,9 +344,7 @@ def _check_labels(result: Result, view: View, axis: str, name: str) -> None:
         )
 
 
-def labels(
-    result: Result, view: View, column: str, name: str | None, x: npt.NDArray[Any]
-) -> tuple[str, ...] | None:
+def labels(result: Result, view: View, column: str, name: str | None, x: npt.NDArray[Any]) -> tuple[str, ...] | None:
     """A label for each entry of a column: the text `name` that all examples have there, or its own name and "…"."""
     if name is None:
         return None
