@@ -173,7 +173,7 @@ def one_head(result: Result, heads: Sequence[Head] | None = None, example: int =
 
 
 def query_lines(result: Result, head: Head, query: int | None = None, example: int = 0) -> go.Figure:
-    """What one token attends to in one head: a band to each key, as high as its share; they add up to one.
+    """What one token attends to in one head: a band to each key, as wide as its share; they add up to one.
 
     A menu chooses the query where the text has at most `LINE_TOKENS` tokens; of a longer one only
     `query` is drawn, with its strongest keys.
@@ -211,7 +211,7 @@ def query_lines(result: Result, head: Head, query: int | None = None, example: i
     return _finish(
         figure,
         f"What one token attends to in layer {layer}, head {number}",
-        ["from a query on the left to keys on the right; a band's height is its share of attention", told],
+        ["from a query on the left to keys on the right; a band is as wide as its share of attention", told],
         640,
         _between(len(rows) * 19 + 130, 320, 1400),
     )
@@ -360,7 +360,7 @@ def _bands(figure: go.Figure, row: int, weights: Floats, names: Sequence[str], s
     """The bands of one query in one trace, and in another the points that say their numbers."""
     u = np.linspace(0, 1, 24)
     ease = 3 * u**2 - 2 * u**3
-    tall = 0.8  # of a row
+    tall, wide = 0.8, 15.5  # of a row; rows that are as many pixels as the figure's width
     top = row - tall * weights.sum() / 2
     x: list[float | None] = []
     y: list[float | None] = []
@@ -369,9 +369,11 @@ def _bands(figure: go.Figure, row: int, weights: Floats, names: Sequence[str], s
             top += tall * weight
             continue
         start, stop = top + tall * weight / 2, float(key)
-        middle = start + (stop - start) * ease
-        x += [*u, *u[::-1], None]
-        y += [*(middle - tall * weight / 2), *(middle + tall * weight / 2)[::-1], None]
+        middle, slope = start + (stop - start) * ease, (stop - start) * 6 * (u - u**2) / wide
+        half = tall * weight / 2 / np.sqrt(1 + slope**2)  # across the band, as it is seen
+        aside = half * slope / wide
+        x += [*(u + aside), *(u - aside)[::-1], None]
+        y += [*(middle - half), *(middle + half)[::-1], None]
         top += tall * weight
     color = "rgba(0,114,178,0.45)"
     figure.add_scatter(

@@ -26,10 +26,10 @@ MOST_SHUFFLES = 20_000
 AT_ONCE = 200
 """Shuffles whose distributions are held together."""
 MOST_PANELS = 6
-ALPHA = 0.05
 UNITS = {"entropy": "bits", "first": "share of attention", "distance": "tokens"}
 TITLES = {"entropy": "Entropy of attention", "first": "Attention on what comes first", "distance": "Mean distance"}
-GRID = np.linspace(0, 1, 21)
+GRID = np.arange(0, 101, 5)
+"""Per cent."""
 
 
 def compare_attention(
@@ -55,10 +55,10 @@ def compare_attention(
     p that they can give survives the correction in models of up to 500 heads. q is Benjamini-Hochberg
     over all heads, pairs and measures. p is NaN where there are under 40 ways to deal out the labels.
 
-    Result: ``entropy, first, distance`` (``input layer head``) with intervals under ``entropy_ci_low`` and
-    so on; ``js`` and ``entropy_diff, first_diff, distance_diff`` (``pair layer head``; the second input
-    minus the first), each with ``_p``, ``_q``, and ``_differs`` (q < .05); ``js_tokens`` alike, NaN where
-    two inputs are not token by token.
+    Result: ``difference`` (``measure pair layer head``): ``js`` and, of ``entropy``, ``first`` and ``distance``,
+    the second input's mean minus the first's, with ``p`` and ``q``; ``js_tokens`` among the measures where
+    some pair has it. And ``mean`` (``measure input layer head``) with ``ci_low, ci_high``. ``text`` (``input``)
+    is the whole text, or the label.
 
     Args:
         batch_size, seed, progress: as for `mechinterp.run`.
@@ -72,33 +72,33 @@ def compare_attention(
     analyzers = [AttentionProfile(), *([AttentionPatterns()] if aligned else [])]
     found = run(model, given, analyzers, **options)
     profile = found[0].data.transpose("example", "layer", "head", "bin")
-    data = xr.Dataset(coords={"input": names, "layer": profile["layer"].values, "head": profile["head"].values})
-    here = ("input", "layer", "head")
-    for name in MEASURES:
-        summaries = [summarize(profile[name].values[group], seed) for group in groups]
-        data[name] = (here, np.stack([s.mean for s in summaries]), {"unit": UNITS[name]})
-        for end in ("ci_low", "ci_high"):
-            data[f"{name}_{end}"] = (here, np.stack([getattr(s, end) for s in summaries]))
     pairs = list(combinations(range(len(names)), 2))
-    data = data.assign_coords(pair=[f"{names[a]} → {names[b]}" for a, b in pairs])
+    measures = ["js", *(["js_tokens"] if aligned else []), *MEASURES]
+    shape = (len(measures), *profile["entropy"].shape[1:])
     tested = [_contrast(profile, groups[a], groups[b], seed) for a, b in pairs]
-    there = ("pair", "layer", "head")
-    values = {name: np.stack([one[name][0] for one in tested]) for name in tested[0]}
-    p = {name: np.stack([one[name][1] for one in tested]) for name in tested[0]}
-    q = dict(zip(p, fdr(np.stack(list(p.values()))), strict=True))
-    for name in values:
-        data[name] = (there, values[name])
-        data[f"{name}_p"], data[f"{name}_q"] = (there, p[name]), (there, q[name])
-        data[f"{name}_differs"] = (there, np.nan_to_num(q[name], nan=1.0) < ALPHA)
+    arrays = {name: np.full((shape[0], len(pairs), *shape[1:]), np.nan) for name in ("difference", "p")}
+    for i, pair in enumerate(tested):
+        for name, (value, p) in pair.items():
+            arrays["difference"][measures.index(name), i], arrays["p"][measures.index(name), i] = value, p
     if aligned:
         patterns = found[1].data["pattern"].transpose("example", "layer", "head", "query", "key").values
-        by_token = np.full(values["js"].shape, np.nan)
-        for i, (a, b) in enumerate(pairs):
-            if (a, b) in aligned:
-                by_token[i] = _by_token(patterns[groups[a][0]], patterns[groups[b][0]])
-        data["js_tokens"] = (there, by_token)
-    meta = {**found[0].meta, "analyzer": "AttentionComparison", "options": {}, "shuffles": tested[0]["js"][2]}
-    return Result(data, meta, _views_of_inputs(data, bool(aligned)))
+        for a, b in aligned:
+            by_token = _by_token(patterns[groups[a][0]], patterns[groups[b][0]])
+            arrays["difference"][1, pairs.index((a, b))] = by_token
+    summaries = {name: [summarize(profile[name].values[group], seed) for group in groups] for name in MEASURES}
+    means = {name: np.full((shape[0], len(names), *shape[1:]), np.nan) for name in ("mean", "ci_low", "ci_high")}
+    for name, some in summaries.items():
+        for what, array in means.items():
+            array[measures.index(name)] = np.stack([getattr(one, what) for one in some])
+    dims, here = ("measure", "pair", "layer", "head"), ("measure", "input", "layer", "head")
+    coords: dict[str, Any] = {name: profile[name].values for name in ("layer", "head")}
+    coords |= {"measure": measures, "input": names, "pair": _pair_names(names, pairs)}
+    data = xr.Dataset({name: (dims, value) for name, value in {**arrays, "q": fdr(arrays["p"])}.items()}, coords)
+    data = data.assign({name: (here, value) for name, value in means.items()})
+    texts = [str(given.texts[group[0]]) if len(group) == 1 else name for name, group in zip(names, groups, strict=True)]
+    data["text"] = ("input", np.array(texts, dtype=str))
+    meta = {**found[0].meta, "analyzer": "AttentionComparison", "options": {}}
+    return Result(data, meta | {"shuffles": _shuffles(groups, shape[1] * shape[2])}, _views_of_inputs(data))
 
 
 def compare_models(models: Sequence[Model], text: str, names: Sequence[str] | None = None, *, seed: int = 0) -> Result:
@@ -108,12 +108,12 @@ def compare_models(models: Sequence[Model], text: str, names: Sequence[str] | No
     models end; tokens without characters, such as a BOS, join the unit beside them. A pattern over units
     is the sum over a unit's keys and the mean over its queries, so each row still adds up to 1, and all
     models are measured over the same pieces. Heads of two models do not correspond; what is compared
-    is each model's layers by depth (0 the first layer, 1 the last), the distributions of its heads, and
+    is each model's layers by depth (0 the first layer, 100 the last), the distributions of its heads, and
     the mean pattern of each layer with that of each layer of the other model.
 
     Result: ``entropy, first, distance`` (``model layer head``; over units, mean over those past the
     first; NaN where a model has no such layer or head); ``entropy_by_depth`` and so on (``model depth``;
-    mean over heads, interpolated); ``entropy_sorted`` (``model quantile``), quantiles over all heads;
+    mean over heads, interpolated); ``entropy_sorted`` (``model percentile``), percentiles of all heads;
     ``entropy_apart`` (``pair``), the Wasserstein distance of two models' heads; ``js`` (``pair layer
     other_layer``), the Jensen-Shannon divergence in bits of the mean patterns of two layers, mean over
     units past the first. ``meta["units"]`` are the pieces of text.
@@ -141,7 +141,7 @@ def compare_models(models: Sequence[Model], text: str, names: Sequence[str] | No
     layers, heads = (max(one.shape[i] for one in patterns) for i in (0, 1))
     data = xr.Dataset(
         coords={
-            "model": list(named), "layer": np.arange(layers), "head": np.arange(heads), "depth": GRID, "quantile": GRID,
+            "model": list(named), "layer": np.arange(layers), "head": np.arange(heads), "depth": GRID, "percentile": GRID,
             "pair": [f"{list(named)[a]} | {list(named)[b]}" for a, b in pairs], "other_layer": np.arange(layers),
         }
     )  # fmt: skip
@@ -152,11 +152,11 @@ def compare_models(models: Sequence[Model], text: str, names: Sequence[str] | No
             whole[i, : one[name].shape[0], : one[name].shape[1]] = one[name]
         data[name] = (("model", "layer", "head"), whole)
         depths = [
-            np.interp(GRID, np.linspace(0, 1, len(o[name])) if len(o[name]) > 1 else [0.5], o[name].mean(1))
+            np.interp(GRID, np.linspace(0, 100, len(o[name])) if len(o[name]) > 1 else [50], o[name].mean(1))
             for o in measured
         ]
         data[f"{name}_by_depth"] = (("model", "depth"), np.stack(depths))
-        data[f"{name}_sorted"] = (("model", "quantile"), np.stack([np.quantile(o[name], GRID) for o in measured]))
+        data[f"{name}_sorted"] = (("model", "percentile"), np.stack([np.percentile(o[name], GRID) for o in measured]))
         apart = [stats.wasserstein_distance(measured[a][name].ravel(), measured[b][name].ravel()) for a, b in pairs]
         data[f"{name}_apart"] = ("pair", np.array(apart))
     between = np.full((len(pairs), layers, layers), np.nan)
@@ -177,9 +177,10 @@ def _inputs(examples: Any, model: Model) -> tuple[list[str], list[list[int]]]:
         groups = [[i for i, one in enumerate(labels) if str(one) == name] for name in names]
     else:
         groups = [[i] for i in range(len(examples))]
-        shown = [text if isinstance(text, str) else f"text {i}" for i, text in enumerate(examples.texts)]
-        names = [str(label) for label in labels] if labels is not None else [_short(text) for text in shown]
-        names = [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+        shown = [visible(text, 18, spaces=False) if isinstance(text, str) else "text" for text in examples.texts]
+        names = (
+            [f"{i} {text}" for i, text in enumerate(shown, 1)] if labels is None else [str(label) for label in labels]
+        )
     if len(names) < 2:
         raise ExamplesError("there is one input, and it takes two to compare; give another text or label")
     if len(names) > MOST_INPUTS:
@@ -195,8 +196,12 @@ def _inputs(examples: Any, model: Model) -> tuple[list[str], list[list[int]]]:
     return names, groups
 
 
-def _short(text: str) -> str:
-    return visible(text, 28, spaces=False)
+def _pair_names(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[str]:
+    """``ioi → agreement`` of labels; of texts, which begin with their number, ``1 → 2``."""
+    short = [name.split(" ", 1)[0] if name.startswith(f"{i} ") else visible(name, 16, spaces=False)
+             for i, name in enumerate(names, 1)]  # fmt: skip
+    short = [one if short.count(one) == 1 else f"{i} {one}" for i, one in enumerate(short, 1)]
+    return [f"{short[a]} → {short[b]}" for a, b in pairs]
 
 
 def _aligned(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -206,17 +211,14 @@ def _aligned(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> list[tu
     return [(a, b) for a, b in combinations(range(len(groups)), 2) if lengths[groups[a][0]] == lengths[groups[b][0]]]
 
 
-def _contrast(
-    profile: Any, first: Sequence[int], second: Sequence[int], seed: int
-) -> dict[str, tuple[Floats, Floats, int]]:
+def _contrast(profile: Any, first: Sequence[int], second: Sequence[int], seed: int) -> dict[str, tuple[Floats, Floats]]:
     """Of two groups of examples: the divergence of profiles and differences of means, with p by shuffled labels."""
     rows = [*first, *second]
     n, k = len(rows), len(second)
     weights = np.where(np.arange(n) < n - k, -1 / (n - k), 1 / k)[None]
     bins, measures = profile["profile"].values[rows], {name: profile[name].values[rows] for name in MEASURES}
     observed = _statistics(weights, bins, measures)
-    cells = observed["js"][0].size
-    shuffles = min(MOST_SHUFFLES, 40 * cells) if math.comb(n, k) >= 40 else 0
+    shuffles = _shuffles((first, second), observed["js"][0].size)
     rng = np.random.default_rng(seed)
     as_large = {name: np.ones(value[0].shape) for name, value in observed.items()}  # what was seen is one of them
     for start in range(0, shuffles, AT_ONCE):
@@ -224,9 +226,15 @@ def _contrast(
         for name, value in _statistics(dealt, bins, measures).items():
             as_large[name] += (np.abs(value) >= np.abs(observed[name]) * (1 - 1e-9)).sum(0)
     return {
-        name: (value[0], as_large[name] / (shuffles + 1) if shuffles else np.full(value[0].shape, np.nan), shuffles)
+        name: (value[0], as_large[name] / (shuffles + 1) if shuffles else np.full(value[0].shape, np.nan))
         for name, value in observed.items()
     }
+
+
+def _shuffles(groups: Sequence[Sequence[int]], cells: int) -> int:
+    """How often labels are shuffled: never where too few ways exist for any p to be small."""
+    n, k = len(groups[0]) + len(groups[1]), len(groups[1])
+    return min(MOST_SHUFFLES, 40 * cells) if math.comb(n, k) >= 40 else 0
 
 
 def _statistics(weights: Floats, bins: Floats, measures: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -235,7 +243,7 @@ def _statistics(weights: Floats, bins: Floats, measures: Mapping[str, Floats]) -
         np.einsum("sn,nlhb->slhb", part, bins) for part in (-np.minimum(weights, 0), np.maximum(weights, 0))
     )
     out = {"js": _divergence(first, second)}
-    return out | {f"{name}_diff": np.einsum("sn,nlh->slh", weights, value) for name, value in measures.items()}
+    return out | {name: np.einsum("sn,nlh->slh", weights, value) for name, value in measures.items()}
 
 
 def _divergence(one: Floats, other: Floats) -> Floats:
@@ -297,33 +305,36 @@ def _measures(pattern: Floats) -> dict[str, Floats]:
     return {"entropy": entropy, "first": rows[..., 0].mean(-1), "distance": (rows * back).sum(-1).mean(-1)}
 
 
-def _views_of_inputs(data: Any, aligned: bool) -> tuple[View, ...]:
+def _views_of_inputs(data: Any) -> tuple[View, ...]:
     pairs = [str(pair) for pair in data["pair"].values]
-    by = "pair" if len(pairs) <= MOST_PANELS else None
-    over = "" if by else ", mean over pairs"
-    panels: dict[str, Any] = {"by": by, "scale": "shared"} if by and len(pairs) > 1 else {}
-    title = f": {pairs[0]}" if len(pairs) == 1 else over
-    views = [
-        View("heatmap", "js", "head", "layer", title=f"Divergence of attention profiles{title}", unit="bits",
-             mark="js_differs", **panels)
-    ]  # fmt: skip
-    if aligned:
-        views.append(
-            View("heatmap", "js_tokens", "head", "layer", title=f"Divergence of patterns, token by token{title}",
-                 unit="bits", **panels)
-        )  # fmt: skip
-    for name in MEASURES:
-        views.append(
-            View(
-                "lines", name, "layer", by="input", title=f"{TITLES[name]} by layer, mean over heads", unit=UNITS[name]
-            )
+    few = len(pairs) <= MOST_PANELS
+    panels: dict[str, Any] = {"by": "pair", "scale": "shared"} if few and len(pairs) > 1 else {}
+    over = f", {pairs[0]}" if len(pairs) == 1 else "" if few else ", mean over pairs"
+
+    def grid(measure: str, title: str, unit: str, center: float | None = None) -> View:
+        select = {"measure": measure}
+        return View(
+            "heatmap",
+            "difference",
+            "head",
+            "layer",
+            title=title + over,
+            unit=unit,
+            center=center,
+            select=select,
+            **panels,
         )
-        if len(pairs) <= MOST_PANELS:
-            views.append(
-                View("heatmap", f"{name}_diff", "head", "layer", center=0.0, unit=UNITS[name],
-                     title=f"{TITLES[name]}: difference{title}", mark=f"{name}_diff_differs",
-                     **panels)
-            )  # fmt: skip
+
+    views = [grid("js", "Divergence of attention profiles", "bits")]
+    if "js_tokens" in data["measure"]:
+        views.append(grid("js_tokens", "Divergence of patterns, token by token", "bits"))
+    for name in MEASURES:
+        title, unit = TITLES[name], UNITS[name]
+        views.append(
+            View("lines", "mean", "layer", by="input", title=f"{title} by layer", unit=unit, select={"measure": name})
+        )
+        if few:
+            views.append(grid(name, f"{title}: second minus first", unit, 0.0))
     return tuple(views)
 
 
@@ -332,9 +343,9 @@ def _views_of_models(data: Any) -> tuple[View, ...]:
     views: list[View] = []
     for name in MEASURES:
         views += [
-            View("lines", f"{name}_by_depth", "depth", by="model", title=f"{TITLES[name]} by depth", unit=units[name]),
-            View("lines", f"{name}_sorted", "quantile", by="model", unit=units[name],
-                 title=f"{TITLES[name]} of all heads, from the lowest to the highest"),
+            View("lines", f"{name}_by_depth", "depth", by="model", title=f"{TITLES[name]} by depth in per cent", unit=units[name]),
+            View("lines", f"{name}_sorted", "percentile", by="model", unit=units[name],
+                 title=f"{TITLES[name]}: percentiles of heads"),
         ]  # fmt: skip
     for pair in data["pair"].values[:MOST_PANELS]:
         first, second = str(pair).split(" | ", 1)

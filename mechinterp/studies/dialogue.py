@@ -47,9 +47,7 @@ class Dialogue:
                     f"turn {i} has no {'speaker' if not speaker.strip() else 'text'}; give every turn both"
                 )
         if not 2 <= len(self.speakers) <= MOST_SPEAKERS:
-            raise ExamplesError(
-                f"a dialogue must have 2 to {MOST_SPEAKERS} speakers. Got {len(self.speakers)}"
-            )
+            raise ExamplesError(f"a dialogue must have 2 to {MOST_SPEAKERS} speakers. Got {len(self.speakers)}")
         if len(self.turns) > MOST_TURNS:
             raise ExamplesError(f"the dialogue has {len(self.turns)} turns, more than {MOST_TURNS}; give a part of it")
 
@@ -188,9 +186,9 @@ class AttentionBetweenSpeakers(Analyzer):
         speakers, unit = self.dialogue.speakers, "share of attention"
         views = [
             View("heatmap", "share", "other", "speaker", unit=unit,
-                 title="Who attends to whom, mean over layers and heads"),
+                 title="Who attends to whom"),
             View("heatmap", "by_turn", "other_turn", "turn", unit=unit, x_text="other_name", y_text="turn_name",
-                 title="Which turn attends to which, mean over layers and heads"),
+                 title="Which turn attends to which"),
         ]  # fmt: skip
         views += [
             View("lines", "share", "layer", by="other", select={"speaker": speaker}, unit=unit,
