@@ -230,13 +230,14 @@ _EXPLAINED = {
     "AttentionProfile": "Of each head: the entropy of a query's attention, its share on the text's first token (often a"
     " sink), and how many tokens back it reaches; means over the queries past the first.",
     "AttentionBetweenSpeakers": "The share of a speaker's attention on the turns of each speaker; the text's first"
-    " token, often a sink, is a column of its own. Expected is what the rest would be if spread evenly over all tokens seen.",
+    " token, often a sink, is a column of its own. Expected is what the rest would be if spread evenly over all tokens"
+    " seen.",
     "AttentionComparison": "Divergence is Jensen-Shannon's, in bits, 0 to 1: of two inputs' distributions of attention"
     " over distances, and, between texts with as many tokens, of their patterns, query by query. Dots are q < .05 of a"
     " permutation test over examples.",
     "AttentionOfModels": "All models are measured over the same pieces of text, the finest at which tokens of all of"
-    " them end. Layers are compared by depth, heads by their distribution, and each layer's mean pattern with every layer of"
-    " the other model.",
+    " them end. Layers are compared by depth, heads by their distribution, and each layer's mean pattern with every"
+    " layer of the other model.",
 }
 
 

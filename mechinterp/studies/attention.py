@@ -141,7 +141,8 @@ def compare_models(models: Sequence[Model], text: str, names: Sequence[str] | No
     layers, heads = (max(one.shape[i] for one in patterns) for i in (0, 1))
     data = xr.Dataset(
         coords={
-            "model": list(named), "layer": np.arange(layers), "head": np.arange(heads), "depth": GRID, "percentile": GRID,
+            "model": list(named), "layer": np.arange(layers), "head": np.arange(heads), "depth": GRID,
+            "percentile": GRID,
             "pair": [f"{list(named)[a]} | {list(named)[b]}" for a, b in pairs], "other_layer": np.arange(layers),
         }
     )  # fmt: skip
@@ -343,7 +344,8 @@ def _views_of_models(data: Any) -> tuple[View, ...]:
     views: list[View] = []
     for name in MEASURES:
         views += [
-            View("lines", f"{name}_by_depth", "depth", by="model", title=f"{TITLES[name]} by depth in per cent", unit=units[name]),
+            View("lines", f"{name}_by_depth", "depth", by="model", unit=units[name],
+                 title=f"{TITLES[name]} by depth in per cent"),
             View("lines", f"{name}_sorted", "percentile", by="model", unit=units[name],
                  title=f"{TITLES[name]}: percentiles of heads"),
         ]  # fmt: skip
