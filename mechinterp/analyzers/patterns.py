@@ -36,10 +36,10 @@ class AttentionPatterns(Analyzer):
     the model, the lines of one query, and the neurons of one pair. For numbers over many or long
     texts take `AttentionProfile`, which keeps no pattern.
 
-    Result: ``moved`` (``layer example head``), the share of attention on earlier tokens other than the
-    first, mean over queries past the first: a query's own token brings it nothing new, and the first
-    is often a sink; ``pattern`` (``layer example head query key``), probabilities, 0 for keys after the
-    query, NaN at padding; ``query_token``, ``key_token`` (``example query``, ``example key``). With
+    Result: ``focus`` (``layer example head``), the largest share that a query gives to one earlier token
+    other than the first (which is often a sink), mean over queries past the first; ``pattern`` (``layer
+    example head query key``), probabilities, 0 for keys after the query, NaN at padding; ``query_token``,
+    ``key_token`` (``example query``, ``example key``). With
     `pair` also ``query_value``, ``key_value`` and ``product`` (``layer example head dim``): the query's
     and the key's numbers after rotary, each query head with the keys of its group, and their products,
     whose sum over ``dim`` is the score before it is scaled; ``score`` (``layer example head``), scaled,
@@ -67,7 +67,7 @@ class AttentionPatterns(Analyzer):
         layers = _chosen(self.layers, batch.model.dims.n_layers, "layers")
         pattern = batch.clean.stack("pattern")  # layer example head query key
         values: dict[str, Any] = {
-            "moved": (torch.stack([moved(one, batch.examples) for one in pattern]), "layer example head"),
+            "focus": (torch.stack([focus(one, batch.examples) for one in pattern]), "layer example head"),
             "pattern": (pattern, "layer example head query key"),
         }
         if self.pair is not None:
@@ -105,7 +105,7 @@ class AttentionPatterns(Analyzer):
         tokens = [[*context.model.to_str_tokens(ids), *[""] * (width - len(ids))] for ids in context.tokens.ids]
         names = np.array(tokens, dtype=str)
         data = result.data.assign(query_token=(("example", "query"), names), key_token=(("example", "key"), names))
-        strongest = data["moved"].isel(example=0)
+        strongest = data["focus"].isel(example=0)
         order = np.argsort(-strongest.values.ravel(), kind="stable")[:SHOWN]
         views = tuple(
             View(
@@ -157,13 +157,13 @@ class Kept:
         return block[:, list(self.heads)].float()
 
 
-def moved(pattern: Float[Tensor, "example head query key"], batch: TokenBatch) -> Float[Tensor, "example head"]:
-    """Share on earlier tokens other than the first, mean over queries past the first; NaN for one token."""
+def focus(pattern: Float[Tensor, "example head query key"], batch: TokenBatch) -> Float[Tensor, "example head"]:
+    """Largest share on one earlier token but the first, mean over queries past the first; NaN for one token."""
     start = batch.starts.to(pattern.device)[:, None, None]
     column = torch.arange(pattern.shape[-1], device=pattern.device)
     counted = batch.mask.to(pattern.device)[:, :, None] & (column[:, None] > start)
     earlier = counted & (column > start) & (column < column[:, None])
-    return torch.einsum("bhqk,bqk->bh", pattern, earlier.to(pattern)) / counted.sum((1, 2))[:, None]
+    return (pattern * earlier[:, None]).amax(-1).sum(-1) / counted.sum((1, 2))[:, None]
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,11 @@ NAMED = 3
 """Heads that a sentence names."""
 Heads = Annotated[
     str | None,
-    typer.Option("--heads", metavar="L.H,L.H,...", help="Heads to show, such as 10.1,16.0; else those that move most."),
+    typer.Option(
+        "--heads",
+        metavar="L.H,L.H,...",
+        help="Heads to show, such as 10.1,16.0; else those that attend most to one token.",
+    ),
 ]
 
 
@@ -84,7 +88,7 @@ def visualize_attention(
         patterns, profile, *between = mi.run(loaded, said, analyzers, seed=seed, progress=True)
         figures = attention_figures(patterns, heads=chosen)
         n = patterns.data.sizes["query"]
-        summary = [_sink(profile, n), _moving(patterns, strongest(patterns, most=NAMED))]
+        summary = [_sink(profile, n), _focused(patterns, strongest(patterns, most=NAMED))]
         summary += [_speakers(one) for one in between]
         name = "one text" if dialogue is None else dialogue.name
         title = f"Attention on {name} in {Path(model).name}"
@@ -225,7 +229,7 @@ def _write(
 
 
 _EXPLAINED = {
-    "AttentionPatterns": "Whole patterns of the heads that attend most to earlier tokens other than the first. All"
+    "AttentionPatterns": "Whole patterns of the heads that attend most to one earlier token but the first. All"
     " patterns are in results/, as safetensors.",
     "AttentionProfile": "Of each head: the entropy of a query's attention, its share on the text's first token (often a"
     " sink), and how many tokens back it reaches; means over the queries past the first.",
@@ -251,10 +255,10 @@ def _sink(profile: "mi.Result", n: int) -> str:
     )
 
 
-def _moving(patterns: "mi.Result", heads: Sequence[tuple[int, int]]) -> str:
-    moved: Any = patterns.data["moved"].isel(example=0)
-    named = ", ".join(f"a{a}.h{b} {float(moved.sel(layer=a, head=b)):.2f}" for a, b in heads)
-    return f"The heads that attend most to earlier tokens other than the first: {named}."
+def _focused(patterns: "mi.Result", heads: Sequence[tuple[int, int]]) -> str:
+    focus: Any = patterns.data["focus"].isel(example=0)
+    named = ", ".join(f"a{a}.h{b} {float(focus.sel(layer=a, head=b)):.2f}" for a, b in heads)
+    return f"The heads that attend most to one earlier token but the first: {named}."
 
 
 def _speakers(between: "mi.Result") -> str:

@@ -39,7 +39,7 @@ def attention_figures(result: Result, example: int = 0, heads: Sequence[Head] | 
     """All figures of one text, by heading: overview, grid, one head, lines, and neurons where there is a pair.
 
     Args:
-        heads: (layer, head) to show; by default those that move most (see `strongest`).
+        heads: (layer, head) to show; by default those that attend most to one token (see `strongest`).
     Raises:
         OutputError: the result has no such example or head, or is of another analyzer.
     """
@@ -55,15 +55,15 @@ def attention_figures(result: Result, example: int = 0, heads: Sequence[Head] | 
 
 
 def strongest(result: Result, example: int = 0, most: int = MOST_HEADS) -> list[Head]:
-    """The heads that attend most to earlier tokens other than the first, strongest first (``moved`` of the result).
+    """The heads that attend most to one earlier token but the first, strongest first (``focus`` of the result).
 
     Raises:
         OutputError: the result has no such example, or is of another analyzer.
     """
-    moved = _of(result, example).moved
-    order = np.argsort(-np.nan_to_num(moved.values.ravel()), kind="stable")[:most]
-    rows, columns = np.unravel_index(order, moved.shape)
-    return [(int(moved["layer"][i]), int(moved["head"][j])) for i, j in zip(rows, columns, strict=True)]
+    focus = _of(result, example).focus
+    order = np.argsort(-np.nan_to_num(focus.values.ravel()), kind="stable")[:most]
+    rows, columns = np.unravel_index(order, focus.shape)
+    return [(int(focus["layer"][i]), int(focus["head"][j])) for i, j in zip(rows, columns, strict=True)]
 
 
 def overview(result: Result, example: int = 0) -> go.Figure:
@@ -118,7 +118,7 @@ def head_grid(result: Result, heads: Sequence[Head] | None = None, example: int 
 
     one = _of(result, example)
     chosen, note = one.chosen(heads)
-    columns = min(6 if len(chosen) > 8 else 4, len(chosen))
+    columns = min(6, len(chosen))
     lines = math.ceil(len(chosen) / columns)
     width, each = min(1180, 150 + 250 * columns), 0
     each = (width - 150) // columns
@@ -259,7 +259,7 @@ class _Text:
 
     pattern: Any
     """``layer head query key``."""
-    moved: Any
+    focus: Any
     tokens: list[str]
 
     @property
@@ -280,8 +280,8 @@ class _Text:
         if heads is None and len(every) <= MOST_HEADS:
             return every, ""
         if heads is None:
-            flat = np.argsort(-np.nan_to_num(self.moved.values.ravel()), kind="stable")[:MOST_HEADS]
-            told = f"the {MOST_HEADS} of {len(every)} heads that attend most to earlier tokens other than the first"
+            flat = np.argsort(-np.nan_to_num(self.focus.values.ravel()), kind="stable")[:MOST_HEADS]
+            told = f"the {MOST_HEADS} of {len(every)} heads that attend most to one earlier token but the first"
             return [every[i] for i in flat], told
         if not heads:
             raise OutputError("the heads must name at least one layer and head. Got none")
@@ -333,7 +333,7 @@ class _Text:
 
 def _of(result: Result, example: int) -> _Text:
     data: Any = result.data
-    if not {"pattern", "moved", "key_token"} <= set(map(str, data.data_vars)):
+    if not {"pattern", "focus", "key_token"} <= set(map(str, data.data_vars)):
         raise OutputError("this result has no attention patterns; give that of AttentionPatterns")
     if not 0 <= example < data.sizes["example"]:
         raise OutputError(
@@ -342,8 +342,8 @@ def _of(result: Result, example: int) -> _Text:
     one = data.isel(example=example)
     n = int(np.isfinite(one["pattern"].isel(layer=0, head=0, key=0).values).sum())
     pattern = one["pattern"].transpose("layer", "head", "query", "key").isel(query=slice(n), key=slice(n))
-    moved = one["moved"].transpose("layer", "head")
-    return _Text(pattern, moved, [str(t) for t in one["key_token"].values[:n]])
+    focus = one["focus"].transpose("layer", "head")
+    return _Text(pattern, focus, [str(t) for t in one["key_token"].values[:n]])
 
 
 def _pooled(pattern: Floats, most: int) -> Floats:
