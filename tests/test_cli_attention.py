@@ -1,4 +1,4 @@
-"""mechinterp visualize-attention, compare-attention, compare-models-attention: their files, sentences, and bad input."""
+"""The commands that show and compare attention: their files and sentences, and bad input."""
 
 import json
 import os
@@ -90,7 +90,10 @@ def test_texts_are_compared(here: Path, folders: dict[str, str]) -> None:
     text = said(invoke("compare-attention", TEXT, OTHER, "--model", folders["llama"], "--out", "s"))
     saved = mi.Result.load(here / "s/results/attention-comparison").data["difference"].sel(measure="js", pair="1 → 2")
     at = np.unravel_index(int(saved.values.argmax()), saved.shape)
-    assert f"differ by {float(saved.mean()):.3f} bits on average, most in a{at[0]}.h{at[1]} {float(saved.max()):.3f}" in text
+    assert (
+        f"differ by {float(saved.mean()):.3f} bits on average, most in a{at[0]}.h{at[1]} {float(saved.max()):.3f}"
+        in text
+    )
     assert [f for f in study(here / "s")["files"] if f.startswith("figures/heads-side-by-side-")]
 
 
@@ -145,7 +148,9 @@ def test_what_cannot_be_shown_is_one_line(
 def test_equal_models_are_one_line(here: Path, folders: dict[str, str]) -> None:
     models = ["--model", folders["llama"], "--model", folders["llama"]]
     assert "are the same model" in one_line(invoke("compare-models-attention", TEXT, *models))
-    assert "is empty" in one_line(invoke("compare-models-attention", "", models[0], models[1], "--model", folders["qwen"]))
+    assert "is empty" in one_line(
+        invoke("compare-models-attention", "", models[0], models[1], "--model", folders["qwen"])
+    )
     assert os.listdir(here) == []
 
 
