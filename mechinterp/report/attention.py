@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
+from plotly import subplots
 
 from mechinterp.core.display import visible
 from mechinterp.core.result import Result
@@ -75,9 +76,9 @@ def overview(result: Result, example: int = 0) -> go.Figure:
     layers, heads = one.pattern["layer"].values, one.pattern["head"].values
     size = max(3, min(THUMBNAIL, one.n, math.isqrt(OVERVIEW_CELLS // (len(layers) * len(heads))) - 1))
     rows: list[Floats] = []
+    side = math.ceil(one.n / math.ceil(one.n / size))
     for layer in layers[::-1]:
         tiles = [_pooled(one.of((int(layer), int(head))), size) for head in heads]
-        side = tiles[0].shape[0]
         gap = np.full((side, 1), np.nan)
         row = np.concatenate([piece for tile in tiles for piece in (tile, gap)][:-1], 1)
         rows += [row, np.full((1, row.shape[1]), np.nan)]
@@ -114,15 +115,14 @@ def overview(result: Result, example: int = 0) -> go.Figure:
 
 def head_grid(result: Result, heads: Sequence[Head] | None = None, example: int = 0) -> go.Figure:
     """Chosen heads side by side, token by token; zooming into one zooms into all."""
-    from plotly.subplots import make_subplots
-
     one = _of(result, example)
     chosen, note = one.chosen(heads)
     columns = min(6, len(chosen))
     lines = math.ceil(len(chosen) / columns)
     width, each = min(1180, 150 + 250 * columns), 0
     each = (width - 150) // columns
-    figure: Any = make_subplots(
+    make: Any = subplots.make_subplots  # whose stub lacks "all"
+    figure: Any = make(
         lines, columns, shared_xaxes="all", shared_yaxes="all",
         subplot_titles=[f"layer {layer}, head {head}" for layer, head in chosen],
         horizontal_spacing=14 / width, vertical_spacing=26 / (lines * each + 26 * (lines - 1)) if lines > 1 else 0,
@@ -409,7 +409,8 @@ def _finish(figure: go.Figure, title: str, notes: Sequence[str], width: int, hei
     """Title, subtitle and style, as all figures have them."""
     told = "; ".join(note for note in notes if note)
     lines = [html.escape(line, quote=False) for line in textwrap.wrap(told, max(40, width // 7))]
-    menu = 34 * bool(figure.layout.updatemenus)
+    layout: Any = figure.layout
+    menu = 34 * bool(layout.updatemenus)
     figure.update_layout(
         template="plotly_white", width=width, height=height + 16 * len(lines) + menu,
         margin={"l": 60, "r": 20, "t": 62 + 16 * len(lines) + menu, "b": 50},
@@ -421,7 +422,7 @@ def _finish(figure: go.Figure, title: str, notes: Sequence[str], width: int, hei
         },
         **more,
     )  # fmt: skip
-    figure.layout.title.pad.t = 14
+    layout.title.pad.t = 14
     return figure
 
 
