@@ -213,6 +213,7 @@ def test_three_formats_hold_the_same_dialogue(tmp_path: Path) -> None:
         ("d.txt", "Anna: a\nAnna: b", "2 to 8 speakers. Got 1"),
         ("d.txt", "Anna: a\nTom:", "turn 1 has no text"),
         ("d.txt", "", "Got 0"),
+        ("d.txt", "(first token): a\nTom: b", "is taken"),
         ("d.json", "{", "line 1 is not JSON"),
         ("d.json", "3", "no list of turns"),
         ("d.jsonl", '{"speaker": "Anna"}', "turn 0 lacks a speaker or text"),

@@ -86,6 +86,18 @@ def test_one_text_with_its_neurons(here: Path, folders: dict[str, str]) -> None:
     assert "figures/neurons-of-one-query-and-key.html" in study(here / "mechinterp-attention")["files"]
 
 
+def test_a_long_text_is_shown_in_the_heads_that_are_named(
+    here: Path, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechinterp.analyzers.patterns.MOST_NUMBERS", 2 * 2 * 81)
+    asked = ["visualize-attention", "--text", TEXT, "--model", folders["llama"], "--out", "s"]
+    assert "over 9 tokens are too large to show; name some with --heads" in one_line(invoke(*asked))
+    said(invoke(*asked, "--heads", "1.2,2.0"))
+    assert mi.Result.load(here / "s/results/attention-patterns").data["pattern"].shape == (2, 1, 2, 9, 9)
+    said(invoke("compare-attention", TEXT, TEXT, "--model", folders["llama"], "--out", "t"))
+    assert not [f for f in study(here / "t")["files"] if "patterns" in f]
+
+
 def test_texts_are_compared(here: Path, folders: dict[str, str]) -> None:
     text = said(invoke("compare-attention", TEXT, OTHER, "--model", folders["llama"], "--out", "s"))
     saved = mi.Result.load(here / "s/results/attention-comparison").data["difference"].sel(measure="js", pair="1 → 2")

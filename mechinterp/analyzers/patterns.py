@@ -1,6 +1,6 @@
 """Attention to look at: whole patterns of chosen heads, and what each head's attention is like at any length."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,12 @@ class Kept:
                 " heads, give a shorter text, or take AttentionProfile, which keeps no pattern"
             )
         return block[:, list(self.heads)].float()
+
+
+def fits(model: Model, lengths: Sequence[int]) -> bool:
+    """Whether `AttentionPatterns` can keep the patterns of all layers and heads for texts of so many tokens."""
+    numbers = len(lengths) * model.dims.n_layers * model.dims.n_heads * max(lengths) ** 2
+    return len(lengths) <= MOST_TEXTS and numbers <= MOST_NUMBERS
 
 
 def focus(pattern: Float[Tensor, "example head query key"], batch: TokenBatch) -> Float[Tensor, "example head"]:

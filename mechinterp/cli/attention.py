@@ -29,6 +29,7 @@ from mechinterp.cli.study import (
     reported,
 )
 from mechinterp.core.display import count, visible
+from mechinterp.errors import ExamplesError
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -81,10 +82,10 @@ def visualize_attention(
         check_out(out)
         spoken = None if dialogue is None else mi.studies.Dialogue.load(dialogue)
         loaded, begun = _load(model, adapter, dtype, device), time.perf_counter()
-        analyzers: list[mi.Analyzer] = [mi.AttentionPatterns(pair=positions), mi.AttentionProfile()]
+        said = spoken.text if spoken is not None else str(text)
+        analyzers = [_patterns(loaded, said, chosen, positions), mi.AttentionProfile()]
         if spoken is not None:
             analyzers.append(mi.studies.AttentionBetweenSpeakers(spoken))
-        said = spoken.text if spoken is not None else str(text)
         patterns, profile, *between = mi.run(loaded, said, analyzers, seed=seed, progress=True)
         figures = attention_figures(patterns, heads=chosen)
         n = patterns.data.sizes["query"]
@@ -116,6 +117,7 @@ def compare_attention(
     file = _file(inputs)
     chosen = _heads(heads)
     with reported(debug):
+        from mechinterp.analyzers.patterns import fits
         from mechinterp.report.attention import attention_figures, strongest
 
         check_out(out)
@@ -124,7 +126,8 @@ def compare_attention(
         compared = mi.studies.compare_attention(loaded, examples, batch_size=batch_size, seed=seed, progress=True)
         figures: dict[str, go.Figure] = {}
         results = [compared]
-        if len(compared.data["input"]) == len(examples):  # single texts, which can be looked at
+        single = len(compared.data["input"]) == len(examples)
+        if single and fits(loaded, loaded.tokenize(examples).lengths):  # they can be looked at
             patterns = mi.run(loaded, examples, mi.AttentionPatterns(), batch_size=1, seed=seed)
             same = chosen or strongest(patterns, most=6)
             for i, name in enumerate(compared.data["input"].values):
@@ -163,6 +166,25 @@ def _load(name: str, adapter: str | None, dtype: str | None, device: str | None)
     model = mi.Model.load(name, adapter=adapter, dtype=dtype, device=device)
     typer.echo(f"{model}\n")
     return model
+
+
+def _patterns(
+    model: "mi.Model", text: str, heads: list[tuple[int, int]] | None, pair: tuple[Any, Any] | None
+) -> "mi.Analyzer":
+    """Of all heads, or, where the text is too long for that, of those that are named.
+
+    Raises:
+        ExamplesError: it is too long, and none is named.
+    """
+    from mechinterp.analyzers.patterns import fits
+
+    n = model.tokenize(text).lengths[0]
+    if fits(model, [n]):
+        return mi.AttentionPatterns(pair=pair)
+    if heads is None:
+        raise ExamplesError(f"the patterns of all heads over {n} tokens are too large to show; name some with --heads")
+    layers, numbers = (tuple(sorted(set(some))) for some in zip(*heads, strict=True))
+    return mi.AttentionPatterns(layers, numbers, pair)
 
 
 def _file(inputs: Sequence[str]) -> Path | None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xarray as xr
 from scipy import stats
 
-from mechinterp.analyzers.patterns import MEASURES, AttentionPatterns, AttentionProfile
+from mechinterp.analyzers.patterns import MEASURES, AttentionPatterns, AttentionProfile, fits
 from mechinterp.core.display import visible
 from mechinterp.core.examples import encode
 from mechinterp.core.result import Result, View
@@ -47,7 +47,7 @@ def compare_attention(
     and by the Jensen-Shannon divergence (Lin 1991; in bits, 0 to 1) the profiles themselves, which
     are distributions over distances and so can be compared between texts of any words and lengths. (A
     text that is shorter has no far distances, which is a difference, too.) Between two texts with
-    as many tokens, ``js_tokens`` compares the patterns, query by query.
+    as many tokens, ``js_tokens`` compares the patterns, query by query, unless they are too large to be kept.
 
     With labels, examples are the unit: intervals are bootstrapped over them, and p is that of a
     permutation test, which shuffles labels among the examples of a pair of inputs, of the divergence and
@@ -68,7 +68,8 @@ def compare_attention(
     given = as_examples(examples)
     names, groups = _inputs(given, model)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    aligned = _aligned(model.tokenize(given).lengths, groups)
+    lengths = model.tokenize(given).lengths
+    aligned = _aligned(lengths, groups) if fits(model, lengths) else []
     analyzers = [AttentionProfile(), *([AttentionPatterns()] if aligned else [])]
     found = run(model, given, analyzers, **options)
     profile = found[0].data.transpose("example", "layer", "head", "bin")

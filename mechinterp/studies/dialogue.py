@@ -48,6 +48,8 @@ class Dialogue:
                 )
         if not 2 <= len(self.speakers) <= MOST_SPEAKERS:
             raise ExamplesError(f"a dialogue must have 2 to {MOST_SPEAKERS} speakers. Got {len(self.speakers)}")
+        if FIRST in self.speakers:
+            raise ExamplesError(f"the name {FIRST!r} is taken; give that speaker another")
         if len(self.turns) > MOST_TURNS:
             raise ExamplesError(f"the dialogue has {len(self.turns)} turns, more than {MOST_TURNS}; give a part of it")
 
