@@ -1,6 +1,7 @@
 """AttentionPatterns and AttentionProfile: against transformers' own patterns, and loops by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from mechinterp import sites
 from mechinterp.analyzers import patterns
 from mechinterp.analyzers.patterns import BINS
 from mechinterp.errors import ExamplesError, NeedsError
+from mechinterp.report import files
 from mechinterp.report.figures import matplotlib_figure
 from mechinterp.testing import check_analyzer
 
@@ -126,6 +128,17 @@ def test_figures_label_both_axes_with_tokens(llama: mi.Model) -> None:
     assert layout.yaxis.autorange == "reversed"
     axes = matplotlib_figure(result, result.views[0]).axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == [t.get_text() for t in axes.get_xticklabels()] == tokens
+
+
+def test_a_table_of_whole_patterns_is_written_only_where_it_is_small(
+    llama: mi.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = mi.run(llama, "Mary had a book", mi.AttentionPatterns())
+    monkeypatch.setattr(files, "MOST_ROWS", 3 * 4 * 16)
+    assert "p-pattern.csv" in [p.name for p in files.write_tables({"p": result}, tmp_path)]
+    monkeypatch.setattr(files, "MOST_ROWS", 3 * 4 * 16 - 1)
+    written = [p.name for p in files.write_tables({"p": result}, tmp_path)]
+    assert "p-pattern.csv" not in written and "p-focus.csv" in written
 
 
 def test_what_cannot_be_looked_at_is_said(llama: mi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
