@@ -63,6 +63,8 @@ _NAMES = {
     "ActivationStats": "mechinterp.analyzers.stats",
     "LogitLens": "mechinterp.analyzers.lens",
     "DirectLogitAttribution": "mechinterp.analyzers.direct",
+    "AttentionPatterns": "mechinterp.analyzers.patterns",
+    "AttentionProfile": "mechinterp.analyzers.patterns",
     "HeadRoles": "mechinterp.analyzers.heads",
     "HeadWeights": "mechinterp.analyzers.head_weights",
     "HeadClusters": "mechinterp.analyzers.clusters",
@@ -98,6 +100,8 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.lens import LogitLens as LogitLens
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
     from mechinterp.analyzers.paths import PathPatching as PathPatching
+    from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns
+    from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.syntax import SyntacticHeads as SyntacticHeads
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing

@@ -55,6 +55,8 @@ NAMES = [
     "ActivationStats",
     "LogitLens",
     "DirectLogitAttribution",
+    "AttentionPatterns",
+    "AttentionProfile",
     "HeadRoles",
     "HeadWeights",
     "HeadClusters",

@@ -25,6 +25,8 @@ TABLE = {
         "accuracy": "accuracy:Accuracy",
         "activation-patching": "patching:ActivationPatching",
         "activation-stats": "stats:ActivationStats",
+        "attention-patterns": "patterns:AttentionPatterns",
+        "attention-profile": "patterns:AttentionProfile",
         "attribution-patching": "attribution:AttributionPatching",
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",

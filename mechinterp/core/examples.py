@@ -188,11 +188,11 @@ class Examples:
             ExamplesError: an empty or too long prompt, an answer of several tokens, a span without tokens.
             AlignmentError: clean and corrupted prompts of different length.
         """
-        encoded = [_encode(text, tokenizer, f"example {i}", context) for i, text in enumerate(self.texts)]
+        encoded = [encode(text, tokenizer, f"example {i}", context) for i, text in enumerate(self.texts)]
         corrupted = None
         if self.corrupted is not None:
             corrupted = [
-                _encode(t, tokenizer, f"corrupted example {i}", context)[0] for i, t in enumerate(self.corrupted)
+                encode(t, tokenizer, f"corrupted example {i}", context)[0] for i, t in enumerate(self.corrupted)
             ]
             for i, (a, b) in enumerate(zip(encoded, corrupted, strict=True)):
                 if len(a[0]) != len(b):
@@ -309,7 +309,7 @@ def _subject(subject: Any, text: Any, row: int) -> Span:
     return starts[0], starts[0] + len(subject)
 
 
-def _encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple[tuple[int, ...], list[Span] | None]:
+def encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple[tuple[int, ...], list[Span] | None]:
     """Token ids and, for strings from fast tokenizers, the characters each token covers."""
     offsets: list[Span] | None = None
     if isinstance(text, tuple):

@@ -77,6 +77,8 @@ class View:
     x_text: str | None = None
     """Heatmaps only: a variable of strings, ``example x`` or ``x``, such as tokens. Where it is the same in all
     examples it labels the column; elsewhere the column's own name does, followed by "…"."""
+    y_text: str | None = None
+    """The same for the rows, which then go from top to bottom."""
     scale: Literal["own", "shared"] = "own"
     """Panels of a heatmap: each with colours and a range of its own, as causal traces are drawn (Meng et al. 2022),
     so that a faint panel can be read; or all with one, so that colours can be compared across panels."""
@@ -151,12 +153,13 @@ class Result:
         columns = [c for c in frame.columns if c not in group]
         return frame[[*columns, *group]].reset_index(drop=True)
 
-    def tables(self) -> dict[str, pd.DataFrame]:
-        """Every table, by the name of its first variable."""
+    def tables(self, most: int | None = None) -> dict[str, pd.DataFrame]:
+        """Every table, by the name of its first variable; those of more than `most` rows are left out."""
         firsts: dict[tuple[Any, ...], str] = {}
         for name, variable in self.data.data_vars.items():
             firsts.setdefault(tuple(variable.dims), str(name))
-        return {name: self.table(name) for name in firsts.values()}
+        some = [name for name in firsts.values() if most is None or self.data[name].size <= most]
+        return {name: self.table(name) for name in some}
 
     def figure(self, view: int = 0) -> "go.Figure":
         """One of the result's figures, as a plotly figure.

@@ -171,11 +171,16 @@ def _plotly_mesh(
     """
     x, y = [_plain(n) for n in heat.x], [_plain(n) for n in heat.y]
     written = heat.cell_text
-    hover = f"{_plain(heat.y_name)} %{{y}}<br>{_plain(heat.x_name)} %{{x}}"
+    hover = f"{_plain(heat.y_name)} %{{y}}"
     extra: list[Any] = []
-    if heat.x_text is not None:
-        extra.append(np.broadcast_to(np.array([_plain(t) for t in heat.x_text], dtype=object), heat.values.shape))
+    if heat.y_text is not None:
+        beside = np.array([_plain(t) for t in heat.y_text], dtype=object)[:, None]
+        extra.append(np.broadcast_to(beside, heat.values.shape))
         hover += " (%{customdata[0]})"
+    hover += f"<br>{_plain(heat.x_name)} %{{x}}"
+    if heat.x_text is not None:
+        hover += f" (%{{customdata[{len(extra)}]}})"
+        extra.append(np.broadcast_to(np.array([_plain(t) for t in heat.x_text], dtype=object), heat.values.shape))
     hover += f"<br>{_plain(heat.label)} %{{z:.4g}}"
     if heat.text is not None:
         escape = np.vectorize(lambda t: _plain(f"“{t}”" if t.isprintable() else repr(t)), otypes=[object])
@@ -211,7 +216,8 @@ def _plotly_mesh(
         },
     )
     below = x if heat.x_text is None else [_plain(t) for t in heat.x_text]
-    for axis, names, title, most in (("xaxis", below, heat.x_name, 48), ("yaxis", y, heat.y_name, 40)):
+    beside = y if heat.y_text is None else [_plain(t) for t in heat.y_text]
+    for axis, names, title, most in (("xaxis", below, heat.x_name, 48), ("yaxis", beside, heat.y_name, 48)):
         ticks = every(len(names), most)
         figure.update_layout(
             {axis + ends: {
@@ -339,13 +345,14 @@ def _matplotlib_mesh(axes: Axes, heat: Heat) -> QuadMesh:
             color="white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#222222",
         )  # fmt: skip
     below = heat.x if heat.x_text is None else heat.x_text
-    x, y = every(len(below), 48), every(len(heat.y), 40)
+    x, y = every(len(below), 48), every(len(heat.y), 48)
     slanted = heat.x_text is not None or max(len(below[i]) for i in x) > 3
     axes.set_xticks(
         [i + 0.5 for i in x], [drawable(below[i]) for i in x], rotation=45 if slanted else 0,
         ha="right" if slanted else "center", rotation_mode="anchor" if slanted else "default",
     )  # fmt: skip
-    axes.set_yticks([i + 0.5 for i in y], [drawable(heat.y[i]) for i in y])
+    beside = heat.y if heat.y_text is None else heat.y_text
+    axes.set_yticks([i + 0.5 for i in y], [drawable(beside[i]) for i in y])
     if not heat.upward:
         axes.set_ylim(len(heat.y), 0)
     axes.set_xlabel(heat.x_name, fontsize=9)

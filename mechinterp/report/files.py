@@ -37,6 +37,8 @@ _FORMAT = "mechinterp-result-1"
 _TRACE_FORMAT = "mechinterp-trace-1"
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file browsers leave in a folder that they show."""
+MOST_ROWS = 300_000
+"""Of a table that is written; larger ones are in the result's own numbers."""
 
 
 def save_result(result: Result, path: str | Path) -> Path:
@@ -245,6 +247,8 @@ def named(results: Sequence[Result]) -> dict[str, Result]:
 def write_tables(results: Mapping[str, Result], folder: str | Path) -> list[Path]:
     """Every tidy table as parquet and CSV, ``NAME-VARIABLE.parquet``; NaN is empty in CSV.
 
+    Tables of more than `MOST_ROWS` rows, such as whole attention patterns, are left out.
+
     Raises:
         OutputError: the folder cannot be written.
     """
@@ -253,7 +257,7 @@ def write_tables(results: Mapping[str, Result], folder: str | Path) -> list[Path
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, result in results.items():
-            for variable, frame in result.tables().items():
+            for variable, frame in result.tables(MOST_ROWS).items():
                 path = folder / f"{name}-{slug(variable)}"
                 frame = _plain_columns(frame)
                 buffer = io.BytesIO()

@@ -175,10 +175,11 @@ def _numbers(result: Result, view: View) -> str:
         order = order.sort_values()
     alone = [c for c in view.select if not isinstance(view.select[c], tuple | list)]
     top = frame.loc[order].drop(columns=[c for c in alone if c not in (view.value, view.text)])
-    if view.x_text is not None and view.x_text not in top.columns:
-        entries = np.asarray(top[view.x].unique())
-        named = dict(zip(entries.tolist(), labels(result, view, entries) or (), strict=True))
-        top.insert(top.columns.get_loc(view.x) + 1, view.x_text, [named[e] for e in top[view.x].tolist()])
+    for column, text in ((view.y, view.y_text), (view.x, view.x_text)):
+        if column is not None and text is not None and text not in top.columns:
+            entries = np.asarray(top[column].unique())
+            named = dict(zip(entries.tolist(), labels(result, view, column, text, entries) or (), strict=True))
+            top.insert(top.columns.get_loc(column) + 1, text, [named[e] for e in top[column].tolist()])
     told = (
         f"{len(top)} of {len(frame)} rows, largest first"
         if view.kind != "lines"

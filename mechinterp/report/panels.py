@@ -52,6 +52,8 @@ class Heat:
     """Cells that the view marks, by default those with q < .05, ``y x``."""
     x_text: tuple[str, ...] | None = None
     """What stands below each column in place of its name; several columns may have the same."""
+    y_text: tuple[str, ...] | None = None
+    """What stands beside each row, likewise."""
     colors: int | None = None
     """Which of the colour scales, for a panel with a range of its own; None for the usual one."""
 
@@ -148,7 +150,7 @@ def rows(result: Result, view: View) -> pd.DataFrame:
         raise OutputError(
             f"the figure {view.title!r} shows {view.value!r}, and the result has {have}; correct its View"
         )
-    frame: Any = result.table(view.value)
+    frame: Any = _selected(result, view).table(view.value)
     wanted = [view.value, view.x, view.y, view.by, view.text, *view.select]
     if missing := [c for c in wanted if c is not None and c not in frame.columns]:
         raise OutputError(
@@ -157,8 +159,9 @@ def rows(result: Result, view: View) -> pd.DataFrame:
         )
     if view.kind == "heatmap" and view.y is None:
         raise OutputError(f"the heatmap {view.title!r} has no y; name the column of its rows in the View")
-    if view.x_text is not None:
-        _check_labels(result, view)
+    for axis, text in (("x", view.x_text), ("y", view.y_text)):
+        if text is not None:
+            _check_labels(result, view, axis, text)
     for column, value in view.select.items():
         wanted = value if isinstance(value, tuple | list) else [value]
         entries = list(result.data[column].values.ravel()) if column in result.data else list(frame[column])
@@ -170,6 +173,16 @@ def rows(result: Result, view: View) -> pd.DataFrame:
         frame = frame[frame[column].isin(wanted)]
     shown = np.isfinite(frame[view.value].to_numpy(float)).any()
     return frame.reset_index(drop=True) if shown else frame.iloc[:0]
+
+
+def _selected(result: Result, view: View) -> Result:
+    """Only the entries that are selected, for a table of all may be large; nothing is left out if one is unknown."""
+    data: Any = result.data
+    for column, value in view.select.items():
+        wanted = value if isinstance(value, tuple | list) else [value]
+        if column in data.dims and (chosen := np.isin(data[column].values, list(wanted))).any():
+            data = data.isel({column: chosen})
+    return Result(data, result.meta, result.views)
 
 
 def every(n: int, most: int) -> list[int]:
@@ -228,7 +241,12 @@ def _cells(frame: pd.DataFrame, *columns: str) -> tuple[_Cells, list[npt.NDArray
 def _heat(result: Result, frame: pd.DataFrame, view: View) -> Heat:
     assert view.y is not None
     cells, (y, x) = _cells(frame, view.y, view.x)
-    return _of_cells(cells, y, x, view, labels(result, view, x))
+    return _of_cells(cells, y, x, view, *_texts(result, view, y, x))
+
+
+def _texts(result: Result, view: View, y: npt.NDArray[Any], x: npt.NDArray[Any]) -> tuple[Any, Any]:
+    """The labels of rows and columns."""
+    return labels(result, view, view.y or "", view.y_text, y), labels(result, view, view.x, view.x_text, x)
 
 
 def _heats(result: Result, frame: pd.DataFrame, view: View) -> Heats:
@@ -240,13 +258,13 @@ def _heats(result: Result, frame: pd.DataFrame, view: View) -> Heats:
             f"the heatmap {view.title!r} has a panel for each of {len(each)} entries of {view.by!r}, and at most"
             f" {MOST_PANELS} can be told apart; select some, or write another View"
         )
-    below = labels(result, view, x)
+    texts = _texts(result, view, y, x)
     panels: list[Heat] = []
     for i, name in enumerate(_names(each)):
         mine = whole.at[2] == i
         rows_of_one: Any = frame[mine]
         cells = _Cells(rows_of_one, tuple(at[mine] for at in whole.at[:2]), whole.shape[:2])
-        one = _of_cells(cells, y, x, view, below)
+        one = _of_cells(cells, y, x, view, *texts)
         title = f"{view.by} {name}" if np.issubdtype(each.dtype, np.number) else name
         panels.append(replace(one, title=title, colors=i if view.scale == "own" else None))
     notes = [one.note for one in panels if one.note]
@@ -264,7 +282,12 @@ def _heats(result: Result, frame: pd.DataFrame, view: View) -> Heats:
 
 
 def _of_cells(
-    cells: _Cells, y: npt.NDArray[Any], x: npt.NDArray[Any], view: View, below: tuple[str, ...] | None
+    cells: _Cells,
+    y: npt.NDArray[Any],
+    x: npt.NDArray[Any],
+    view: View,
+    beside: tuple[str, ...] | None,
+    below: tuple[str, ...] | None,
 ) -> Heat:
     assert view.y is not None
     values = cells.mean(view.value)
@@ -288,54 +311,55 @@ def _of_cells(
         values=values,
         x=_names(x),
         y=_names(y),
-        x_name=view.x,
-        y_name=view.y,
+        x_name=view.x.replace("_", " "),
+        y_name=view.y.replace("_", " "),
         low=low,
         high=high,
         diverging=view.center is not None,
-        upward=bool(np.issubdtype(y.dtype, np.number)),
+        upward=bool(np.issubdtype(y.dtype, np.number)) and beside is None,
         text=text,
         q=q,
         marked=marked,
         x_text=below,
+        y_text=beside,
     )
 
 
-def _check_labels(result: Result, view: View) -> None:
+def _check_labels(result: Result, view: View, axis: str, name: str) -> None:
+    what, column = ("columns", view.x) if axis == "x" else ("rows", view.y)
     if view.kind != "heatmap":
         raise OutputError(
-            f"the figure {view.title!r} has x_text={view.x_text!r}, which labels heatmaps only; leave it out"
+            f"the figure {view.title!r} has {axis}_text={name!r}, which labels heatmaps only; leave it out"
         )
-    if view.x_text not in result.data.data_vars:
+    if name not in result.data.data_vars:
         have = ", ".join(str(n) for n in result.data.data_vars)
         raise OutputError(
-            f"the figure {view.title!r} labels its columns with {view.x_text!r}, and the result has {have};"
-            " correct its View"
+            f"the figure {view.title!r} labels its {what} with {name!r}, and the result has {have}; correct its View"
         )
-    dims = tuple(map(str, result.data[view.x_text].dims))
-    if set(dims) not in ({view.x}, {view.x, "example"}):
+    dims = tuple(map(str, result.data[name].dims))
+    if set(dims) not in ({column}, {column, "example"}):
         raise OutputError(
-            f"the figure {view.title!r} labels its columns with {view.x_text!r} over ({', '.join(dims)}); it must be"
-            f" over (example, {view.x}) or ({view.x})"
+            f"the figure {view.title!r} labels its {what} with {name!r} over ({', '.join(dims)}); it must be"
+            f" over (example, {column}) or ({column})"
         )
 
 
-def labels(result: Result, view: View, x: npt.NDArray[Any]) -> tuple[str, ...] | None:
-    """A label for each entry of `x`: the text that all examples have there, or its own name and "…"."""
-    if view.x_text is None:
+def labels(result: Result, view: View, column: str, name: str | None, x: npt.NDArray[Any]) -> tuple[str, ...] | None:
+    """A label for each entry of a column: the text `name` that all examples have there, or its own name and "…"."""
+    if name is None:
         return None
-    texts: Any = result.data[view.x_text]
+    texts: Any = result.data[name]
     if "example" in texts.dims:
         chosen = view.select.get("example")
         if chosen is not None:
             wanted = chosen if isinstance(chosen, tuple | list) else [chosen]
             texts = texts.isel(example=np.isin(texts["example"].values, wanted))
-        texts = texts.transpose(view.x, "example")
-    found = dict(zip(texts[view.x].values.tolist(), texts.values, strict=True))
+        texts = texts.transpose(column, "example")
+    found = dict(zip(texts[column].values.tolist(), texts.values, strict=True))
     out: list[str] = []
-    for entry, name in zip(x.tolist(), _names(x), strict=True):
+    for entry, own in zip(x.tolist(), _names(x), strict=True):
         here = set(np.atleast_1d(found[entry]).tolist()) - {""}  # "" is the padding of shorter examples
-        out.append(visible(str(here.pop()), LABEL_WIDTH) if len(here) == 1 else f"{name} …" if here else name)
+        out.append(visible(str(here.pop()), LABEL_WIDTH) if len(here) == 1 else f"{own} …" if here else own)
     return tuple(out)
 
 
@@ -373,7 +397,7 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
         title=view.title or f"{view.value} by {view.x}",
         note=("whiskers: 95% interval" if names else "band and whiskers: 95% interval") if band else "",
         label=view.unit or view.value,
-        x_name=view.x,
+        x_name=view.x.replace("_", " "),
         x=names,
         series=tuple(series),
     )

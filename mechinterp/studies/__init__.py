@@ -1,6 +1,10 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
+from mechinterp.studies.attention import compare_attention as compare_attention
+from mechinterp.studies.attention import compare_models as compare_models
 from mechinterp.studies.circuits import Circuit as Circuit
+from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
+from mechinterp.studies.dialogue import Dialogue as Dialogue
 from mechinterp.studies.discover import discover as discover
 from mechinterp.studies.faithfulness import completeness as completeness
 from mechinterp.studies.faithfulness import faithfulness as faithfulness
@@ -10,8 +14,12 @@ from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 
 __all__ = [
+    "AttentionBetweenSpeakers",
     "Circuit",
+    "Dialogue",
     "Flow",
+    "compare_attention",
+    "compare_models",
     "completeness",
     "discover",
     "faithfulness",
