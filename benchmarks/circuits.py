@@ -37,7 +37,7 @@ from mechinterp.core.graph import Graph
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.edges import EdgeRuns, run_circuits
 from mechinterp.studies.discover import edges_of_nodes, node_effects
-from mechinterp.studies.faithfulness import FRACTIONS, summary
+from mechinterp.studies.evaluation import FRACTIONS, summary
 
 RECORDED = {"eap": 122.0, "eap-ig-inputs": 136.0, "curve": 143.0}
 """Seconds of the EAP-IG repository on this work (32 pairs of 14 tokens, 2 threads)."""

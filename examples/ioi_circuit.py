@@ -17,7 +17,7 @@ import pandas as pd
 
 import mechinterp as mi
 from mechinterp.studies import discover
-from mechinterp.studies.faithfulness import FRACTIONS
+from mechinterp.studies.evaluation import FRACTIONS
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.core.trace import Read, Trace
+from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import NeedsError
 from mechinterp.model.slices import select
 from mechinterp.sites import Site
@@ -91,32 +91,37 @@ class EdgeAttribution(Analyzer):
         if self.method == "eap":  # the run that is differentiated gives its own values
             grad = Grad(self._receivers(n), self.metric, reads=(*senders, *_inputs(n)))
             return Needs(reads=corrupted, grads={"clean": grad})
-        both = [*(Read(site) for site in senders), *corrupted]
+        clean = [Read(site) for site in senders]
         if self.method == "exact":
-            return Needs(reads=[*both, *(Read(site) for site in _inputs(n))])
+            return Needs(reads=[*clean, *corrupted, *(Read(site) for site in _inputs(n))])
         grads: dict[str, Grad] = {}
         for name, layer, (at, shares) in self._paths(n):
             for k, share in enumerate(shares):
-                grads[f"{name} {k}"] = Grad(
-                    self._receivers(n, layer), self.metric, reads=_inputs(n, layer), between=((at, share),)
-                )
-        return Needs(reads=both, grads=grads)
+                beside = _inputs(n, layer)
+                if share == 0:  # the path over inputs begins at the corrupted run, which so needs no pass of its own
+                    beside, corrupted = (*beside, *senders), []
+                grads[f"{name} {k}"] = Grad(self._receivers(n, layer), self.metric, reads=beside, between=((at, share),))
+        return Needs(reads=[*clean, *corrupted], grads=grads)
 
     def observe(self, batch: Batch) -> Part:
         graph = Graph.of(batch.model, self.ungrouped)
-        mask = batch.examples.mask
+        start = 0 if self.method == "exact" else batch.examples.first_difference
         values = batch.values["clean"] if self.method == "eap" else batch.clean
-        start = 0 if self.method == "exact" else _first_difference(batch.examples)
-        # Before the senders' tensor is made, so that it does not lie beside a backward pass.
-        averaged = list(self._averaged(batch, graph, "inputs", start, ("q", 0))) if "inputs" in self.method else []
-        changed = _changed(batch.model, graph, values, batch.corrupted, mask, start)
+        averaged: Gradients = iter(())
+        if self.method == "eap-ig-inputs":
+            changes = _changes(batch, values, batch.values["inputs 0"], "clean", start)
+            # Before what heads send is made, so that it does not lie beside a backward pass.
+            averaged = self._averaged(batch, graph, "inputs", start, ("q", 0))
+        else:
+            changes = _changes(batch, values, batch.corrupted, "corrupted", start)
+        changed = graph.sent(batch.model, changes.pop)
         if self.method == "exact":
             scores = self._exact(batch, graph, changed)
         elif self.method == "eap":
             read = _pull_back(batch.model, graph, batch.grads["clean"], batch.values["clean"], start)
             scores = self._product(graph, changed, read)
         elif self.method == "eap-ig-inputs":
-            scores = self._product(graph, changed, iter(averaged))
+            scores = self._product(graph, changed, averaged)
         else:
             scores = self._along_activations(batch, graph, changed, start)
         if self.intervals:
@@ -177,7 +182,7 @@ class EdgeAttribution(Analyzer):
         for _, read in total:
             for gradient in read.values():
                 gradient.div_(self.steps)
-        yield from total
+        return iter(total)
 
     def _product(
         self, graph: Graph, changed: Senders, read: Gradients, out: Tensor | None = None, among: slice = slice(0, None)
@@ -267,28 +272,14 @@ def _named(graph: Graph) -> dict[str, Any]:
     return {"edge": ("edge", names), "sender": ("edge", senders), "receiver": ("edge", receivers)}
 
 
-def _first_difference(batch: TokenBatch) -> int:
-    """The first column at which any example's two prompts differ; before it, senders write the same."""
-    differs = (batch.ids != batch.run("corrupted").ids).any(0)
-    return int(differs.int().argmax()) if bool(differs.any()) else len(differs) - 1
-
-
-def _changed(model: Model, graph: Graph, clean: Trace, corrupted: Trace, mask: Tensor, start: int) -> Senders:
-    """What every node writes in the clean run less in the corrupted one, from a column on; zero at padding."""
-    heads, padding = graph.n_heads, ~mask[:, start:, None]
-
-    def difference(site: Site) -> Tensor:
-        return clean[site][:, start:].float() - corrupted[Read(site, "corrupted")][:, start:].float()
-
-    first = difference(Site("embed"))
-    out = first.new_empty(len(graph.senders), *first.shape)
-    out[0] = first
-    for i in range(graph.n_layers):
-        at = 1 + i * (heads + 1)
-        z = difference(Site("z", i)).flatten(0, 1).transpose(0, 1)
-        torch.bmm(z, model.W_O(i).float(), out=out[at : at + heads].view(heads, -1, out.shape[-1]))
-        out[at + heads] = difference(Site("mlp_out", i))
-    return out if bool(mask.all()) else out.masked_fill_(padding, 0.0)
+def _changes(batch: Batch, clean: Trace, other: Trace, of: Run, start: int) -> dict[Site, Tensor]:
+    """What is written at senders' sites in the clean run less in another, from a column on; zero at padding."""
+    n, padding = batch.model.dims.n_layers, ~batch.examples.mask[:, start:]
+    sites = [Site("embed"), *(Site(kind, i) for i in range(n) for kind in ("z", "mlp_out"))]
+    out = {site: clean[site][:, start:].float() - other[Read(site, of)][:, start:].float() for site in sites}
+    for change in out.values() if bool(padding.any()) else ():
+        change[padding] = 0.0
+    return out
 
 
 def _pull_back(

@@ -235,7 +235,7 @@ def _faithfulness(one: Found, where: str) -> str:
 
 
 def _curve(one: Found) -> str:
-    from mechinterp.studies.faithfulness import summary
+    from mechinterp.studies.evaluation import summary
 
     assert one.curve is not None
     row: Any = summary({"": one.curve}).iloc[0]

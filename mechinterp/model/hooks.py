@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import TokenBatch
@@ -35,7 +36,7 @@ class Attached:
         hf, arch, dims: the model and what is known about it.
         writes: interventions, in order.
         reads: what to keep of every forward call; the newest call is in `values`.
-        grads: sites whose tensors are kept in the graph, in `captured`, for a backward pass.
+        grads: sites whose places in the graph are kept, in `captured`, for a backward pass.
         stop: end the pass after this site (the engine catches `Stop`).
         keep_steps: keep what is read in every call, in `steps`, rather than in the newest alone.
     Raises:
@@ -60,7 +61,8 @@ class Attached:
         self.writes = sorted(writes_at, key=lambda each: each[0].order)
         self.reads, self.grads, self.stop = tuple(reads), tuple(grads), stop
         self.values: dict[Read, Tensor] = {}
-        self.captured: dict[Site, Tensor] = {}
+        self.captured: dict[Site, tuple[GradientEdge, torch.Size]] = {}
+        """Where the gradient of each site arrives, and its shape; a site's tensor is free to go."""
         self.steps: list[dict[Read, Tensor]] = []
         self.keep_steps = keep_steps
         self.known: TokenBatch | None = None
@@ -254,10 +256,10 @@ class Attached:
 
         def capture(state: Pass, value: Tensor) -> Tensor:
             if not value.requires_grad:
-                value = value.requires_grad_() if value.is_leaf else value
+                value = value.requires_grad_()
             if site.per_query_head:  # a new tensor, or the model would go on with the group's own
                 value = value.clone()
-            self.captured[site] = value
+            self.captured[site] = get_gradient_edge(value), value.shape
             return value
 
         if place.end == "attention":

@@ -203,10 +203,9 @@ class Circuit:
         return self._tested("minimality", model, examples, metric, options)
 
     def _tested(self, how: str, model: Model, examples: Any, metric: Metric | None, options: Meta) -> Result:
-        from importlib import import_module
+        from mechinterp.studies import evaluation
 
-        tests: Any = import_module("mechinterp.studies.faithfulness")  # the package has a function of that name
-        return getattr(tests, how)(self, model, examples, metric, **options)
+        return getattr(evaluation, how)(self, model, examples, metric, **options)
 
     @property
     def unstable(self) -> bool:

@@ -20,7 +20,7 @@ from mechinterp.engine.runner import Progress, provenance, run
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.model import Model, as_examples
 from mechinterp.studies.circuits import Circuit, drawn_anew
-from mechinterp.studies.faithfulness import shares
+from mechinterp.studies.evaluation import shares
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations", "acdc", "activation-patching", "exact"]
 Kind = Literal["mixed", "attention_only", "mlp_only"]
