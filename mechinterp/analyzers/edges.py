@@ -170,18 +170,22 @@ class EdgeAttribution(Analyzer):
 
     def _averaged(self, batch: Batch, graph: Graph, name: str, start: int, after: tuple[str, int]) -> Gradients:
         """Gradients at receivers' inputs, averaged over the steps of a path."""
+        (kind, layer), width = after, graph.n_heads + 2 * graph.keys + 1
+        earlier = min(layer, graph.n_layers) * width + (width - 1 if kind == "mlp" else 0)
+        examples, columns = batch.examples.ids[:, start:].shape
+        # In one piece, made before the passes, so that it does not lie strewn among what they leave.
+        shape = (len(graph.receivers) - earlier, examples, columns, batch.model.dims.d_model)
+        rest = torch.zeros(shape, device=batch.examples.ids.device)
         total: list[tuple[int, dict[str, Tensor]]] = []
         for k in range(self.steps):
             grads, values = batch.grads[f"{name} {k}"], batch.values[f"{name} {k}"]
             for place, (layer, read) in enumerate(_pull_back(batch.model, graph, grads, values, start, after)):
                 if not k:
-                    total.append((layer, read))
-                for kind, gradient in read.items() if k else ():
-                    total[place][1][kind].add_(gradient)
+                    *parts, rest = rest.split([*map(len, read.values()), len(rest) - sum(map(len, read.values()))])
+                    total.append((layer, dict(zip(read, parts, strict=True))))
+                for receiver, gradient in read.items():
+                    total[place][1][receiver].add_(gradient, alpha=1 / self.steps)
             del grads, values  # or they would lie beside those of the next step
-        for _, read in total:
-            for gradient in read.values():
-                gradient.div_(self.steps)
         return iter(total)
 
     def _product(
