@@ -13,19 +13,28 @@ from torch import Tensor
 from mechinterp.analyzers.paths import as_written
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Grad, Model, Needs, Sweep
 from mechinterp.core.graph import Graph
-from mechinterp.core.interventions import Replace
+from mechinterp.core.interventions import Add, Noise, Replace, Steer
 from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import NeedsError
+from mechinterp.model.hooks import in_force
 from mechinterp.model.slices import select
 from mechinterp.sites import Site
 
 METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "exact")
 ROWS = 256
 """Exact patches that one sweep makes."""
+
+INSIDE = (
+    *("embed", "z", "mlp_out", "q_normed", "k_normed", "q_rot", "k_rot", "scores", "pattern"),
+    *("mlp_gate", "mlp_up", "mlp_act", "router"),
+)
+"""Sites at the end of a node or inside it: what is written there is seen in what nodes send, and in gradients."""
+STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "head_out")
+"""Sites that belong to no node: what is added there changes neither a difference of two runs nor a gradient."""
 
 Senders = Float[Tensor, "sender example pos d_model"]
 Receivers = Float[Tensor, "receiver example pos d_model"]
@@ -63,7 +72,10 @@ class EdgeAttribution(Analyzer):
             for each key/value head.
         intervals: keep scores of every example, ``example edge``.
     Raises:
-        NeedsError: an unknown method, fewer than one step, or "eap" of a metric that compares with the clean run.
+        NeedsError: an unknown method, fewer than one step, or "eap" of a metric that compares with the clean run;
+            hooks in force, or interventions between what nodes write and what others read. Those at what a node
+            writes or inside it are accounted for, and so is whatever only adds (but with "exact", which makes
+            receivers' own input, where it adds to that).
     """
 
     method: Literal["eap", "eap-ig-inputs", "eap-ig-activations", "exact"] = "eap-ig-inputs"
@@ -85,6 +97,7 @@ class EdgeAttribution(Analyzer):
             raise NeedsError(f"The steps of EdgeAttribution must be at least 1. Got {self.steps}")
 
     def needs(self, model: Model) -> Needs:
+        _check_in_force(model, self.method)
         n = model.dims.n_layers
         senders = (Site("embed"), *(Site(kind, i) for i in range(n) for kind in ("z", "mlp_out")))
         corrupted = [Read(site, "corrupted") for site in senders]
@@ -100,12 +113,16 @@ class EdgeAttribution(Analyzer):
                 beside = _inputs(n, layer)
                 if share == 0:  # the path over inputs begins at the corrupted run, which so needs no pass of its own
                     beside, corrupted = (*beside, *senders), []
-                grads[f"{name} {k}"] = Grad(self._receivers(n, layer), self.metric, reads=beside, between=((at, share),))
+                grads[f"{name} {k}"] = Grad(
+                    self._receivers(n, layer), self.metric, reads=beside, between=((at, share),)
+                )
         return Needs(reads=[*clean, *corrupted], grads=grads)
 
     def observe(self, batch: Batch) -> Part:
         graph = Graph.of(batch.model, self.ungrouped)
-        start = 0 if self.method == "exact" else batch.examples.first_difference
+        start = batch.examples.first_difference
+        if self.method == "exact" or in_force(batch.model.hf, batch.model.arch.base)[0]:
+            start = 0  # a function that is in force may carry a change to earlier positions
         values = batch.values["clean"] if self.method == "eap" else batch.clean
         averaged: Gradients = iter(())
         if self.method == "eap-ig-inputs":
@@ -259,6 +276,22 @@ class EdgeAttribution(Analyzer):
             weight, bias = model.projection(site.kind, layer, per_query_head=site.per_query_head)
             value = value @ weight[site.heads] + (0 if bias is None else bias[site.heads])
         return Replace(site, as_written(value, site, examples), of=examples.rows)
+
+
+def _check_in_force(model: Model, method: str) -> None:
+    """Raise where somebody changes what travels along edges, of which neither gradients nor patches know."""
+    written, others = in_force(model.hf, model.arch.base)
+    if others:
+        raise NeedsError("edges cannot be scored while hooks are inside the model: remove them, or use intervene()")
+    for site, write in written:
+        adds = isinstance(write, Add | Steer | Noise)
+        if site.kind not in (INSIDE if method == "exact" else (*INSIDE, "logits")) and not (
+            adds and (method != "exact" or site.kind in STREAM)
+        ):
+            raise NeedsError(
+                f"edges cannot be scored with method={method!r} while {type(write).__name__} writes at {site}, between"
+                " what nodes write and what others read; write at embed, z or mlp_out, or leave the intervene() block"
+            )
 
 
 def _inputs(n: int, after: tuple[str, int] = ("q", 0)) -> tuple[Site, ...]:

@@ -130,9 +130,7 @@ class Graph:
         return tuple({name: i for i, name in enumerate(names)} for names in (self.senders, self.receivers))  # pyright: ignore[reportReturnType] -- a tuple of two
 
     @torch.no_grad()
-    def sent(
-        self, model: Model, change: Callable[[Site], Tensor]
-    ) -> Float[Tensor, "sender example pos d_model"]:
+    def sent(self, model: Model, change: Callable[[Site], Tensor]) -> Float[Tensor, "sender example pos d_model"]:
         """What every node writes more in one run than in another, in fp32.
 
         Args:

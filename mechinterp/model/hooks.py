@@ -25,6 +25,10 @@ from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
 
 
+CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks stay on a model once hidden states were asked of it; they only look, and in such a call alone."""
+
+
 class Stop(Exception):
     """Ends a pass after the last site that anyone reads. Private to the engine."""
 
@@ -334,6 +338,20 @@ class Attached:
             return total + (new - old).sum(2)
 
         return through
+
+
+def in_force(hf: nn.Module, base: str) -> tuple[list[tuple[Site, Intervention]], bool]:
+    """What blocks around this one write, and whether somebody else's hooks are inside the model, too.
+
+    Args:
+        base: path of the base model, whose own hooks, and those of the whole model, are not counted.
+    """
+    tops = (hf, hf.get_submodule(base))
+    blocks = (getattr(hook, "__self__", None) for hook in tops[1]._forward_pre_hooks.values())
+    written = [write for block in blocks if isinstance(block, Attached) for write in block.writes]
+    inside = (module for module in hf.modules() if module not in tops)
+    hooks = (hook for m in inside for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return written, any(getattr(hook, "__module__", None) not in (__name__, CAPTURING) for hook in hooks)
 
 
 def route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
