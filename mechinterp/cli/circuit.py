@@ -6,8 +6,8 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import takewhile
@@ -176,18 +176,19 @@ def _read(path: Path) -> "mi.Examples":
 def _test(
     name: str, one: "Circuit", model: "mi.Model", pairs: "mi.Examples", curve: bool, options: dict[str, Any]
 ) -> Found:
-    """Measure a circuit. The results get names of their own, and the curve an axis that shows all its sizes."""
-    faithfulness = mi.studies.faithfulness(one, model, pairs, **options).with_meta(analyzer=f"Faithfulness{name}")
-    along = minimal = None
-    if curve:
-        along = mi.studies.faithfulness_curve(one, model, pairs, **options)
-        shares = [f"{fraction:.3g}" for fraction in 100 * along.data["fraction"].values]
-        data = along.data.assign_coords({"% of edges": ("fraction", shares)})
-        views = tuple(replace(view, x="% of edges") for view in along.views)
-        along = mi.Result(data, {**along.meta, "analyzer": f"FaithfulnessCurve{name}"}, views)
-    if 0 < len(one) <= MOST_CUT:
-        minimal = mi.studies.minimality(one, model, pairs, **options).with_meta(analyzer=f"Minimality{name}")
-    return Found(name, one, faithfulness, along, minimal)
+    """Measure a circuit; the results say of which one they are."""
+
+    def measured(test: "Callable[..., mi.Result]") -> "mi.Result":
+        result = test(one, model, pairs, **options)
+        return result.with_meta(analyzer=f"{result.meta['analyzer']}{name}")
+
+    return Found(
+        name,
+        one,
+        measured(mi.studies.faithfulness),
+        measured(mi.studies.faithfulness_curve) if curve else None,
+        measured(mi.studies.minimality) if 0 < len(one) <= MOST_CUT else None,
+    )
 
 
 def _summary(found: Sequence[Found], options: dict[str, Any], n: int, held_out: Path | None) -> list[str]:

@@ -24,7 +24,6 @@ from mechinterp.model.slices import PATTERN_KINDS, overwrite, real, select
 from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
 
-
 CAPTURING = "transformers.utils.output_capturing"
 """Whose hooks stay on a model once hidden states were asked of it; they only look, and in such a call alone."""
 

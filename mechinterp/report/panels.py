@@ -101,6 +101,7 @@ class Lines:
     x: tuple[str, ...]
     """Names of the places on the axis; empty when it is numeric."""
     series: tuple[Series, ...] = ()
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,7 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
         x_name=view.x,
         x=names,
         series=tuple(series),
+        log=view.log and not names,
     )
 
 

@@ -284,7 +284,9 @@ def _legend(figure: go.Figure, circuit: Circuit, drawn: Sequence[int], place: _L
             line = {"color": color, "width": 3}
             figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
     kinds = {kind_of(circuit.graph.receivers[r]) for r in circuit.graph.ends[1][drawn]}
-    for kind, name in (("q", "into queries"), ("k", "into keys"), ("v", "into values")):
+    plain = [name for kind, name in (("q", "queries"), ("mlp", "MLPs"), ("logits", "logits")) if kind in kinds]
+    kinds |= {"q"} if plain else set()  # all of these are solid
+    for kind, name in (("q", f"into {', '.join(plain)}"), ("k", "into keys"), ("v", "into values")):
         if kind in kinds:
             line = {"color": "#555555", "width": 2, "dash": DASH.get(kind, "solid")}
             figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)

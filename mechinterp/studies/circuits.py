@@ -277,6 +277,8 @@ class Circuit:
         """What the circuit is, in words."""
         said = [f"{count(len(self), 'edge')} of {len(self.graph):,} between {count(len(self.nodes), 'node')}"]
         said += [f"{name} {self.meta[name]}" for name in ("analyzer", "method", "metric") if name in self.meta]
+        kind = str(self.meta.get("circuit_type", "mixed"))
+        said += [f"of type {kind.replace('_', ' ')}"] if kind != "mixed" else []
         said += [count(self.meta["examples"], "example")] if isinstance(self.meta.get("examples"), Integral) else []
         if self.unstable:
             said.append(f"unstable: resampled circuits overlap by {self.meta['stability']:.2f}, less than {STABLE}")
