@@ -1,6 +1,5 @@
 """mechinterp circuit: which edges a behaviour needs, and whether they do what the model does."""
 
-import inspect
 import shlex
 import sys
 import textwrap
@@ -10,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +27,7 @@ from mechinterp.cli.study import (
     Seed,
     check_format,
     check_out,
+    explanation,
     read_examples,
     reported,
 )
@@ -265,7 +264,7 @@ def _interval(value: float, low: float, high: float) -> str:
 def _write(out: Path, title: str, found: Sequence[Found], manifest: dict[str, Any], summary: Sequence[str]) -> Path:
     from mechinterp.report.files import slug
     from mechinterp.report.study import write_study
-    from mechinterp.studies.circuit_figure import write_json
+    from mechinterp.studies.circuit_figure import circuit_picture, write_json
 
     results: list[mi.Result] = []
     files, explanations = dict[str, str](), dict[str, str]()
@@ -274,12 +273,12 @@ def _write(out: Path, title: str, found: Sequence[Found], manifest: dict[str, An
         there = [(how, result) for how, result in tests if result is not None]
         results += [*_tables(one), *(result for _, result in there)]
         for how, result in there:  # what its docstring says first
-            told = (inspect.getdoc(getattr(mi.studies, how)) or "").split("\n\n")
-            explanations[str(result.meta["analyzer"])] = "\n\n".join(takewhile(lambda p: p[:6] != "Result", told))
+            explanations[str(result.meta["analyzer"])] = explanation(getattr(mi.studies, how))
         stem = slug(f"circuit{one.name}")
         files |= {f"{stem}.json": write_json(one.circuit), f"{stem}.dot": one.circuit.dot()}
     drawings = {f"Circuit{one.name}": one.circuit.figure() for one in found}
-    more: dict[str, Any] = {"explanations": explanations, "drawings": drawings, "files": files}
+    pictures = {f"Circuit{one.name}": circuit_picture(one.circuit) for one in found}
+    more: dict[str, Any] = {"explanations": explanations, "drawings": drawings, "pictures": pictures, "files": files}
     return write_study(out, title, results, plan="", manifest=manifest, summary=summary, **more)
 
 
@@ -287,15 +286,13 @@ def _tables(one: Found) -> "list[mi.Result]":
     """The circuit's edges and nodes as results, largest first."""
     import xarray as xr
 
-    edges, nodes = one.circuit.edges, one.circuit.by_node()
-    names = (edges["sender"] + " → " + edges["receiver"]).tolist()
-    coords: dict[str, Any] = {name: ("edge", edges[name].tolist()) for name in ("sender", "receiver")}
-    scores = xr.Dataset({"score": ("edge", edges["score"].to_numpy(float))}, {"edge": names, **coords})
-    sums = {name: ("node", nodes[name].to_numpy(float)) for name in ("outgoing", "incoming")}
+    edges: Any = one.circuit.edges
+    named: Any = edges.set_index(edges["sender"] + " → " + edges["receiver"]).rename_axis("edge")
+    scores = xr.Dataset.from_dataframe(named).set_coords(["sender", "receiver"])
+    sent = xr.Dataset.from_dataframe(one.circuit.by_node().set_index("node"))
     strongest = mi.View("bars", "score", "edge", title="The strongest edges", unit="score")
     sending = mi.View("bars", "outgoing", "node", title="What nodes send", unit="sum of sizes of scores")
     meta = {key: one.circuit.meta[key] for key in ("model", "method", "metric", "seed")}
-    sent = xr.Dataset(sums, {"node": nodes["node"].tolist()})
     return [
         mi.Result(scores, {**meta, "analyzer": f"CircuitEdges{one.name}"}, (strongest,)),
         mi.Result(sent, {**meta, "analyzer": f"CircuitNodes{one.name}"}, (sending,)),

@@ -75,6 +75,10 @@ class Attached:
         self._reached: set[Site] = set()
         self._keep: set[tuple[str, str]] = set()  # (end, path) of what is kept for somebody elsewhere
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._ins: dict[str, list[Act]] = defaultdict(list)
+        self._outs: dict[str, list[Act]] = defaultdict(list)
+        self._work: dict[int, LayerWork] = {}
+        self._kernel: str | None = None
         for site in [*(s for s, _ in self.writes), *(r.site for r in self.reads), *self.grads]:
             check(site, arch, dims)
 
@@ -104,31 +108,28 @@ class Attached:
                 )
 
     def _attach(self) -> None:
-        ins: dict[str, list[Act]] = defaultdict(list)
-        outs: dict[str, list[Act]] = defaultdict(list)
-        work: dict[int, LayerWork] = {}
+        self._ins, self._outs, self._work = defaultdict(list), defaultdict(list), {}
         for site, write in self.writes:
-            self._place_write(site, write, ins, outs, work)
+            self._place_write(site, write)
         for read in self.reads:
-            self._place_read(read, ins, outs, work)
+            self._place_read(read)
         for site in self.grads:
-            self._place_grad(site, ins, outs, work)
+            self._place_grad(site)
         if self.stop is not None:
             place = self.arch.place(self.stop)
-            (ins if place.end == "in" else outs)[place.path].append(_stop)
+            (self._ins if place.end == "in" else self._outs)[place.path].append(_stop)
         if any(s.kind == "logits" for s in (*(s for s, _ in self.writes), *(r.site for r in self.reads))):
             self._handles.append(self.hf.register_forward_pre_hook(_all_logits, with_kwargs=True))
         base = self.hf.get_submodule(self.arch.base)
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for path, acts in ins.items():
+        for path, acts in self._ins.items():
             self._handles.append(
                 self.hf.get_submodule(path).register_forward_pre_hook(self._in(path, acts), with_kwargs=True)
             )
-        for path, acts in outs.items():
+        for path, acts in self._outs.items():
             self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(path, acts)))
-        self._work, self._kernel = list(work.values()), None
         config: Any = self.hf.config
-        if work and not str(config._attn_implementation).startswith(PREFIX):
+        if self._work and not str(config._attn_implementation).startswith(PREFIX):
             self._kernel = config._attn_implementation
             config._attn_implementation = register(self._kernel)
 
@@ -136,12 +137,12 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if getattr(self, "_kernel", None) is not None:
+        if self._kernel is not None:
             config: Any = self.hf.config
             config._attn_implementation, self._kernel = self._kernel, None
-        for each in getattr(self, "_work", ()):  # passes and what was read in them know each other
+        for each in self._work.values():  # passes and what was read in them know each other
             each.state, each.values = None, {}
-        self._work, self.now = [], None
+        self._work, self.now = {}, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every forward call of the base model gets a `Pass`, made by the engine or from the call itself."""
@@ -158,9 +159,9 @@ class Attached:
         self.values = {}
         if self.keep_steps:
             self.steps.append(self.values)
-        for each in self._work:
+        for each in self._work.values():
             each.state, each.values = state, self.values
-        state.work += self._work
+        state.work += self._work.values()
         return args, {**kwargs, "mechinterp": state}
 
     def _in(self, path: str, acts: list[Act]) -> Callable[..., Any]:
@@ -198,41 +199,32 @@ class Attached:
         if place in self._keep or place in self.now.kept:
             self.now.kept[place] = value
 
-    def _place_write(
-        self,
-        site: Site,
-        write: Intervention,
-        ins: dict[str, list[Act]],
-        outs: dict[str, list[Act]],
-        work: dict[int, LayerWork],
-    ) -> None:
+    def _place_write(self, site: Site, write: Intervention) -> None:
         place = self.arch.place(site)
         edit = self._edit(site, write)
         if site.kind == "resid_mid":  # no module makes it: a write is a change of attn_out
             assert site.layer is not None
             layer = site.layer
-            entering = self._kept("in", self.arch.layer(layer), ins)
+            entering = self._kept("in", self.arch.layer(layer))
 
             def mid(state: Pass, attn_out: Tensor) -> Tensor:
                 state.mids[layer] = self
                 old = state.kept[entering] + attn_out
                 return attn_out + (edit(state, old) - old)
 
-            outs[f"{self.arch.layer(layer)}.self_attn"].append(mid)
+            self._outs[f"{self.arch.layer(layer)}.self_attn"].append(mid)
         elif site.kind == "head_out":
-            outs[place.path].append(self._through_heads(site, edit, ins))
+            self._outs[place.path].append(self._through_heads(site, edit))
         elif place.end == "attention":
-            self._inside(site, edit, outs, work)
+            self._inside(site, edit)
         else:
-            (ins if place.end == "in" else outs)[place.path].append(self._split(site, edit))
+            (self._ins if place.end == "in" else self._outs)[place.path].append(self._split(site, edit))
 
-    def _place_read(
-        self, read: Read, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
-    ) -> None:
+    def _place_read(self, read: Read) -> None:
         site = read.site
         place = self.arch.place(site)
         if site.kind in PATTERN_KINDS:
-            self._layer(work, site).watched.append(read)
+            self._layer(site).watched.append(read)
             return
         if read.reduce is not None:
             raise SiteError(
@@ -245,15 +237,13 @@ class Attached:
             return value
 
         if place.end == "attention":
-            self._inside(site, keep, outs, work)
+            self._inside(site, keep)
         elif site.kind == "head_out":
-            outs[place.path].append(self._through_heads(site, keep, ins))
+            self._outs[place.path].append(self._through_heads(site, keep))
         else:
-            (ins if place.end == "in" else outs)[place.path].append(self._split(site, keep))
+            (self._ins if place.end == "in" else self._outs)[place.path].append(self._split(site, keep))
 
-    def _place_grad(
-        self, site: Site, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
-    ) -> None:
+    def _place_grad(self, site: Site) -> None:
         place = self.arch.place(site)
         _check_grad(site)
 
@@ -266,28 +256,30 @@ class Attached:
             return value
 
         if place.end == "attention":
-            self._inside(site, capture, outs, work)
-            self._layer(work, site).differentiated |= site.kind in PATTERN_KINDS
+            self._inside(site, capture)
+            self._layer(site).differentiated |= site.kind in PATTERN_KINDS
         else:
-            (ins if place.end == "in" else outs)[place.path].append(capture)
+            (self._ins if place.end == "in" else self._outs)[place.path].append(capture)
 
-    def _inside(self, site: Site, act: Act, outs: dict[str, list[Act]], work: dict[int, LayerWork]) -> None:
+    def _inside(self, site: Site, act: Act) -> None:
         """Act inside the attention function; a view per query head starts from what its module gave."""
-        self._layer(work, site).edits[LayerWork.key(site)].append(act)
+        self._layer(site).edits[LayerWork.key(site)].append(act)
         if site.per_query_head and site.kind != "k_rot":
-            self._kept("out", self.arch.place(site.of_kv_head).path, outs)
+            self._kept("out", self.arch.place(site.of_kv_head).path)
 
-    def _layer(self, work: dict[int, LayerWork], site: Site) -> LayerWork:
+    def _layer(self, site: Site) -> LayerWork:
         assert site.layer is not None
-        if site.layer not in work:
+        if site.layer not in self._work:
             rotary: Any = self.hf.get_submodule(f"{self.arch.base}.rotary_emb")
-            work[site.layer] = LayerWork(site.layer, f"{self.arch.layer(site.layer)}.self_attn", rotary)
-        return work[site.layer]
+            self._work[site.layer] = LayerWork(site.layer, f"{self.arch.layer(site.layer)}.self_attn", rotary)
+        return self._work[site.layer]
 
-    def _kept(self, end: Literal["in", "out"], path: str, hooked: dict[str, list[Act]]) -> tuple[str, str]:
+    def _kept(self, end: Literal["in", "out"], path: str) -> tuple[str, str]:
         """Keep what goes into a module, or comes out of it, after all writes there; returns where it is kept."""
         self._keep.add((end, path))
-        hooked[path] += []  # so that a hook is there even if nothing is read or written
+        (self._ins if end == "in" else self._outs)[
+            path
+        ] += []  # so that a hook is there even if nothing is read or written
         return end, path
 
     def _edit(self, site: Site, write: Intervention) -> Act:
@@ -318,10 +310,10 @@ class Attached:
 
         return split
 
-    def _through_heads(self, site: Site, act: Act, ins: dict[str, list[Act]]) -> Act:
+    def _through_heads(self, site: Site, act: Act) -> Act:
         """head_out is z through its slice of W_O; a write there is a change of the sum."""
         assert site.layer is not None
-        layer, entering = site.layer, self._kept("in", self.arch.place(site).path, ins)
+        layer, entering = site.layer, self._kept("in", self.arch.place(site).path)
         projection = self.hf.get_submodule(entering[1])
 
         def through(state: Pass, total: Tensor) -> Tensor:

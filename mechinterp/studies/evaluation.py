@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Result, View
 from mechinterp.core.statistics import fdr, summarize
 from mechinterp.engine.edges import CircuitScores, CutTo, Kept, run_circuits
-from mechinterp.engine.runner import Progress, provenance
+from mechinterp.engine.runner import Progress, provenance, shown
 from mechinterp.errors import NeedsError
 from mechinterp.model.model import Model, as_examples
 from mechinterp.studies.circuits import Circuit
@@ -215,11 +214,7 @@ def _run(
 ) -> CircuitScores:
     if cut_to not in ("corrupted", "mean", "zero"):
         raise NeedsError(f"The cut_to of a circuit must be 'corrupted', 'mean' or 'zero'. Got {cut_to!r}")
-    with ExitStack() as stack:
-        if progress is True:
-            from mechinterp.engine.progress import Bar
-
-            progress = stack.enter_context(Bar())
+    with shown(progress) as told:
         return run_circuits(
             model,
             model.tokenize(as_examples(examples)),
@@ -229,7 +224,7 @@ def _run(
             cut_to=cut_to,
             start=start,
             batch_size=batch_size,
-            progress=progress or None,
+            progress=told,
         )
 
 
