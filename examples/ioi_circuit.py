@@ -63,12 +63,11 @@ def main() -> None:
     strewn = [mi.Circuit(found.graph, scores).top(len(found)) for scores in draws]
     chance = [float(one.faithfulness(model, others).data["faithfulness"]) for one in strewn]
     paths = [len(one.prune()) for one in strewn]
+    low, high = min(chance), max(chance)
     print(
-        f"{len(draws)} draws of {len(found):,} edges have faithfulness {min(chance):.2f} to {max(chance):.2f}: of their"
+        f"{len(draws)} draws of {len(found):,} edges at random have a faithfulness of {low:.2f} to {high:.2f}. Of their"
     )
-    print(
-        f"edges {min(paths):,} to {max(paths):,} lie on a path from embedding to logits, most of why they carry nothing."
-    )
+    print(f"edges {min(paths):,} to {max(paths):,} lie on a path from the embedding to the logits.")
     print("(CPR, of the most positive edges first, is better when high; CMD, of the largest first, when low)")
 
     chapter("4. Would other examples have given the same edges? Scores of examples drawn anew")
