@@ -212,12 +212,12 @@ def _size(one: Found, options: dict[str, Any]) -> str:
     """How many edges, and why so many."""
     meta, graph = one.circuit.meta, one.circuit.graph
     size, goal = options["size"], f"faithfulness {options['faithful']:g}"
-    why = f"the fewest of the largest scores of {meta['method']} that reach {goal}"
+    why = f"the fewest of the largest scores, by size, of {meta['method']} that reach {goal}"
     if meta["method"] == Method.acdc:
         why = f"what acdc kept of {meta['tried']:,} candidates, each worth {meta['threshold']:g} nats or more"
     elif size is not None:
         asked = size if isinstance(size, int) else max(1, round(size * len(graph)))
-        why = f"those of the {asked:,} largest scores of {meta['method']} that are on a path to the logits"
+        why = f"those of the {asked:,} largest scores, by size, of {meta['method']} that are on a path to the logits"
     elif not meta["faithfulness"] >= options["faithful"]:
         why = f"all that are on a path to the logits, for no fewer reach {goal}"
     said = f"Circuit{one.name}: {len(one.circuit):,} of {len(graph):,} edges"
@@ -257,8 +257,9 @@ def _minimality(result: "mi.Result", name: str) -> str:
 
 def _interval(value: float, low: float, high: float) -> str:
     """``0.88 (95% interval 0.80 to 0.95)``; NaN: too few pairs."""
-    said = "not defined" if value != value else f"{value:.2f}"
-    return said if low != low else f"{said} (95% interval {low:.2f} to {high:.2f})"
+    said, *ends = (f"{round(each, 2) + 0.0:.2f}" for each in (value, low, high))  # never -0.00
+    said = "not defined" if value != value else said
+    return said if low != low else f"{said} (95% interval {ends[0]} to {ends[1]})"
 
 
 def _write(out: Path, title: str, found: Sequence[Found], manifest: dict[str, Any], summary: Sequence[str]) -> Path:
