@@ -17,7 +17,7 @@ import pandas as pd
 
 import mechinterp as mi
 from mechinterp.studies import discover
-from mechinterp.studies.faithfulness import FRACTIONS
+from mechinterp.studies.evaluation import FRACTIONS
 
 
 def main() -> None:
@@ -35,7 +35,8 @@ def main() -> None:
     chapter("1. Which edges? EAP-IG on the prompts, and the fewest edges that do what the model does")
     print(f"clean:      {pairs.texts[0]}\ncorrupted:  {pairs.corrupted[0] if pairs.corrupted else ''}")
     size = 0.002 if quick else None  # no search
-    found = discover(model, pairs, "eap-ig", size=size)["mixed"]
+    steps = 2 if quick else 5
+    found = discover(model, pairs, "eap-ig", size=size, steps=steps)["mixed"]
     share = len(found) / len(found.graph)
     print(f"{len(found):,} of {len(found.graph):,} edges ({share:.1%}), between {len(found.nodes)} nodes,")
     print(
@@ -51,28 +52,33 @@ def main() -> None:
     print(f"and of the corrupted prompts {means['empty']:.2f}: a faithfulness of {held_out}.")
 
     chapter("3. Is it better than chance? The same scores, dealt to other edges at random")
-    dealt = np.random.default_rng(0).permutation(found.scores)
+    draws = [np.random.default_rng(seed).permutation(found.scores) for seed in range(2 if quick else 10)]
     curves = {
         "eap-ig": found.curve(model, others, fractions=fractions),
-        "random": mi.Circuit(found.graph, dealt).curve(model, others, fractions=fractions),
+        "random": mi.Circuit(found.graph, draws[0]).curve(model, others, fractions=fractions),
     }
     print(by_fraction(curves).round(2).to_string())
     areas = pd.DataFrame([area(name, curve) for name, curve in curves.items()]).set_index("scores")
     print(areas.to_string())
-    strewn = mi.Circuit(found.graph, dealt).top(len(found))
-    print(f"Of {len(strewn):,} edges at random {len(strewn.prune()):,} lie on a path from the embedding to the logits;")
-    print("that is most of why they carry nothing.")
+    strewn = [mi.Circuit(found.graph, scores).top(len(found)) for scores in draws]
+    chance = [float(one.faithfulness(model, others).data["faithfulness"]) for one in strewn]
+    paths = [len(one.prune()) for one in strewn]
+    low, high = min(chance), max(chance)
+    print(
+        f"{len(draws)} draws of {len(found):,} edges at random have a faithfulness of {low:.2f} to {high:.2f}. Of their"
+    )
+    print(f"edges {min(paths):,} to {max(paths):,} lie on a path from the embedding to the logits.")
     print("(CPR, of the most positive edges first, is better when high; CMD, of the largest first, when low)")
 
     chapter("4. Would other examples have given the same edges? Scores of examples drawn anew")
     small = of_size(found, small_size)
-    each = mi.run(model, pairs, mi.EdgeAttribution("eap-ig-inputs", intervals=True)).data["scores"].values
-    draws = 20 if quick else 200
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws) / n
+    each = mi.run(model, pairs, mi.EdgeAttribution("eap-ig-inputs", steps=steps, intervals=True)).data["scores"].values
+    resamples = 20 if quick else 200
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples) / n
     resampled = weights @ each
     rows = [found.stability(resampled, k) for k in sorted({small_size, 100, 1000})]
     print(pd.DataFrame(rows)[["n", "stability", "stable", "to_this"]].round(2).to_string(index=False))
-    print(f"(mean Jaccard index of the n best edges: over pairs of {draws} resamples, and with the edges found)")
+    print(f"(mean Jaccard index of the n best edges: over pairs of {resamples} resamples, and with the edges found)")
     small = replace(small, meta={**small.meta, **small.stability(resampled, small_size)})
 
     chapter(f"5. Is every edge needed? Each of {len(small)} strong edges that form paths, cut by itself")

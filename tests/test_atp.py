@@ -445,3 +445,47 @@ def test_a_method_that_is_none() -> None:
     object.__setattr__(odd, "method", "odd")  # as it would be without run-time type checks
     with pytest.raises(NeedsError, match=r"The method of AttributionPatching must be 'atp' or 'atp\*'. Got 'odd'"):
         odd.__post_init__()
+
+
+@pytest.mark.parametrize("write", [mi.Scale(mi.sites.z(1), 0.5), mi.Scale(mi.sites.mlp_in(2), -2.0)])
+@pytest.mark.parametrize("kind", ["q", "mlp_out"])
+def test_what_is_in_force_is_accounted_for(kind: str, write: mi.Intervention) -> None:
+    """The estimate is the derivative of the patch that is performed under the same intervention."""
+    model, step = doubles("llama"), 1e-2  # norms are in fp32, so that a smaller one is rounded away
+    two = mi.tasks.ioi(2, seed=3)
+    asked = mi.AttributionPatching(kind, positions=None, layers=(1,), direction="noise")
+    site = mi.Site(kind, 1)
+    alone = estimate(mi.run(model, two, asked))
+    for i in range(2):
+        batch = model.tokenize(two).batch([i])
+        ids = {run: batch.run(run).ids for run in ("clean", "corrupted")}
+        right, wrong = batch.answers[0]
+        with model.intervene(write), torch.no_grad():
+            found = estimate(mi.run(model, two, asked))
+            clean, other = (model.trace(ids[run], site)[site] for run in ("clean", "corrupted"))
+            values: list[float] = []
+            for share in (-step, step):
+                with model.intervene(mi.Replace(site, clean + share * (other - clean))):
+                    logits = model.hf(ids["clean"]).logits[0, -1]
+                values.append(float(logits[right[0]] - logits[wrong[0]]))
+        assert float(found[i].item()) == pytest.approx((values[1] - values[0]) / (2 * step), rel=5e-3, abs=1e-4)
+        assert abs(found[i].item() - alone[i].item()) > 0.05 * abs(found[i].item())
+
+
+@pytest.mark.parametrize(
+    ("options", "write"),
+    [
+        ({"site": "z", "heads": "each"}, mi.Scale(mi.sites.logits(), 2.0)),
+        ({"site": "q", "heads": "each", "method": "atp*"}, mi.Zero(mi.sites.pattern(1, heads=0))),
+        ({"site": "k", "heads": "each", "method": "atp*"}, mi.Scale(mi.sites.scores(2), 0.5)),
+    ],
+)
+def test_what_is_made_anew_may_not_be_written(llama: mi.Model, options: Any, write: mi.Intervention) -> None:
+    asked = mi.AttributionPatching(**options)
+    with llama.intervene(write), pytest.raises(NeedsError, match=rf"{type(write).__name__} writes at .*leave"):
+        mi.run(llama, mi.tasks.ioi(2), asked)
+    handle = llama.hf.lm_head.register_forward_hook(lambda m, a, out: out * 2)
+    with pytest.raises(NeedsError, match="hook is on lm_head"):
+        mi.run(llama, mi.tasks.ioi(2), asked)
+    handle.remove()
+    mi.run(llama, mi.tasks.ioi(2), asked)

@@ -16,6 +16,7 @@ from mechinterp.core.graph import Graph
 from mechinterp.core.result import Result
 from mechinterp.errors import NeedsError, OutputError
 from mechinterp.studies import Circuit
+from mechinterp.studies.circuit_figure import circuit_picture
 
 GRAPHS = [
     Graph(1, 1, 1),
@@ -354,6 +355,20 @@ def test_labels_lie_apart() -> None:
         assert all(wide / 2 <= b.xanchor <= right - wide / 2 for b in boxes)
 
 
+SOLID = "into queries, MLPs, logits"
+
+
+@pytest.mark.parametrize("size", [0, 25])
+def test_the_picture_shows_what_the_figure_does(size: int) -> None:
+    circuit = scored(Graph(3, 4, 2), circuit_type="attention_only").top(size)
+    picture = circuit_picture(circuit)
+    (axes,) = picture.axes
+    assert {text.get_text() for text in axes.texts} >= {*circuit.nodes}
+    assert len(axes.lines) == len(circuit.links())
+    assert any("of type attention only" in text.get_text() for text in picture.texts)
+    picture.canvas.draw()  # and nothing of it warns
+
+
 def test_the_figure_of_few_or_no_edges() -> None:
     graph = Graph(3, 4, 2)
     figure = random(graph).top(0).figure()
@@ -362,7 +377,7 @@ def test_the_figure_of_few_or_no_edges() -> None:
     kept[[graph.edge("embed", "m1"), graph.edge("m1", "a2.h1<q>"), graph.edge("a2.h1", "logits")]] = True
     figure = Circuit(graph, np.ones(len(graph)), kept).figure()
     assert (*figure.layout.xaxis.ticktext,) == ("layer 1", "layer 2")
-    assert {t.name for t in figure.data if t.name} == {"head", "MLP", "embedding, logits", "positive", "into queries"}
+    assert {t.name for t in figure.data if t.name} == {"head", "MLP", "embedding, logits", "positive", SOLID}
 
 
 def test_in_words() -> None:

@@ -35,7 +35,7 @@ def test_a_circuit_with_its_tests_and_files(here: Path, tiny_folder: Path) -> No
     nodes = pd.read_parquet(out / "tables" / "circuit-nodes-outgoing.parquet")
     assert list(nodes["node"]) == list(ours.nodes)
     assert f"Circuit: {len(ours)} of {len(ours.graph):,} edges" in text
-    assert "those of the 12 largest scores of eap that are on a path to the logits" in text
+    assert "those of the 12 largest scores, by size, of eap that are on a path to the logits" in text
     tested = mi.studies.faithfulness(ours, model, examples)
     share = mi.Result.load(out / "results" / "faithfulness").data["faithfulness"]
     np.testing.assert_allclose(share, tested.data["faithfulness"], atol=1e-4)
@@ -49,7 +49,8 @@ def test_a_circuit_with_its_tests_and_files(here: Path, tiny_folder: Path) -> No
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["circuit"]["method"] == "eap"
     assert manifest["held_out"] == "none"
-    assert {"circuit.json", "circuit.dot", "figures/circuit.html", "report.html"} <= {*manifest["files"]}
+    drawn = {f"figures/circuit.{end}" for end in ("html", "png", "svg")}
+    assert {"circuit.json", "circuit.dot", *drawn, "report.html"} <= {*manifest["files"]}
 
 
 def test_types_have_their_own_files_and_held_out_pairs_are_named(here: Path, tiny_folder: Path) -> None:

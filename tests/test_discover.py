@@ -10,6 +10,7 @@ import pytest
 import mechinterp as mi
 from mechinterp.core.graph import Graph
 from mechinterp.engine.edges import run_circuits
+from mechinterp.engine.plan import Plan
 from mechinterp.errors import NeedsError
 from mechinterp.studies import discover
 from mechinterp.studies.discover import Method, edges_of_nodes, node_effects
@@ -156,7 +157,7 @@ def slow_acdc(model: mi.Model, begun: mi.Circuit, threshold: float) -> tuple[np.
     return kept, now
 
 
-def test_acdc_is_the_slow_one(model: mi.Model) -> None:
+def test_acdc_is_the_slow_one(model: mi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     best = mi.Circuit.of(mi.run(model, FEW, mi.EdgeAttribution("eap-ig-inputs", steps=3)))
     begun = best.top(40).prune()
     found = discover(model, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=2)["mixed"]
@@ -167,6 +168,32 @@ def test_acdc_is_the_slow_one(model: mi.Model) -> None:
     assert found.meta["kl"] == pytest.approx(divergence, abs=1e-4)
     assert found.meta["tried"] == len(begun)
     assert found.meta["threshold"] == 0.001
+    monkeypatch.setattr("mechinterp.studies.discover.HELD", 1)  # what is made anew is the same
+    again = discover(model, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=1)["mixed"]
+    assert named(again) == named(found)
+
+
+class Told:
+    """Counts what a bar would show."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.done: list[int] = []
+
+    def begin(self, plan: Plan, round_number: int) -> None:
+        self.totals.append(sum(p.rows if p.what == "sweep" else p.batches for p in plan.passes))
+        self.done.append(0)
+
+    def advance(self, what: str, steps: int) -> None:
+        self.done[-1] += steps
+
+
+@pytest.mark.parametrize("method", ["eap", "acdc"])
+def test_all_the_work_is_told(llama: mi.Model, method: Any) -> None:
+    """Scores, then every group of sizes that is tried (or ACDC), then the circuit itself."""
+    told = Told()
+    discover(llama, FEW, method, candidates=10, threshold=0.01, progress=told)
+    assert len(told.totals) >= 3 and told.done == told.totals
 
 
 def test_acdc_between_its_ends(llama: mi.Model) -> None:

@@ -15,15 +15,27 @@ from mechinterp.errors import ExamplesError, NeedsError
 
 PAIRS = mi.tasks.ioi(4, seed=3)
 """Of several lengths, so that batches are padded."""
+FEW = mi.tasks.ioi(2, seed=3)
 
 
 def split_gradients(model: mi.Model, embeds: Tensor, right: int, wrong: int) -> dict[str, Tensor]:
     """The gradient at every receiver's own input, from a pass in which each has one; literal, on plain modules."""
+    total, leaves = split_run(model, embeds, right, wrong, {})
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def split_run(
+    model: mi.Model, embeds: Tensor, right: int, wrong: int, moved: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The logit difference where receivers have an input of their own, some of them `moved`; and how much, as leaves.
+
+    What others write at queries, keys and values is kept as it is, as something added.
+    """
     hf: Any = model.hf
     d, leaves, handles = model.dims, {}, []
 
     def leaf(name: str, like: Tensor) -> Tensor:
-        leaves[name] = torch.zeros_like(like, requires_grad=True)
+        leaves[name] = (torch.zeros_like(like) + moved.get(name, 0)).detach().requires_grad_()
         return leaves[name]
 
     def project(layer: int, kind: str) -> Callable[..., Tensor]:
@@ -38,7 +50,8 @@ def split_gradients(model: mi.Model, embeds: Tensor, right: int, wrong: int) -> 
                 read = block.input_layernorm(seen[layer] + leaf(name, seen[layer]))
                 bias = None if module.bias is None else module.bias[rows]
                 out.append(torch.nn.functional.linear(read, module.weight[rows], bias))
-            return torch.cat(out, -1)
+            plain = torch.nn.functional.linear(args[0], module.weight, module.bias)
+            return torch.cat(out, -1) + (output - plain).detach()
 
         return hook
 
@@ -60,8 +73,7 @@ def split_gradients(model: mi.Model, embeds: Tensor, right: int, wrong: int) -> 
     handles.append(hf.model.norm.register_forward_pre_hook(lambda _, args: (args[0] + leaf("logits", args[0]),)))
     try:
         logits = hf(inputs_embeds=embeds, use_cache=False).logits
-        total = logits[0, -1, right] - logits[0, -1, wrong]
-        return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+        return logits[0, -1, right] - logits[0, -1, wrong], leaves
     finally:
         for handle in handles:
             handle.remove()
@@ -114,6 +126,87 @@ def test_scores_are_those_of_split_inputs(model: mi.Model, method: str, shares: 
     each = mi.run(model, PAIRS, mi.EdgeAttribution(method, steps=2, intervals=True))  # pyright: ignore[reportArgumentType]
     assert relative(each.data["score"], expected) < 1e-4
     assert each.data["scores"].shape == (4, len(Graph.of(model)))
+
+
+ADDED = torch.linspace(-1, 1, 32)
+SEEN = {
+    "z": mi.Scale(mi.sites.z(1, heads=2), 0.3),
+    "mlp_out": mi.Zero(mi.sites.mlp_out(0)),
+    "embed": mi.Apply(mi.sites.embed(), lambda x: x * x.abs()),
+    "k_rot": mi.Scale(mi.sites.k_rot(1), -1.5),
+    "pattern": mi.Zero(mi.sites.pattern(2, heads=(0, 1))),
+    "mlp_act": mi.Apply(mi.sites.mlp_act(1), lambda x: x**2),
+    "resid_post": mi.Steer(mi.sites.resid_post(0), ADDED, 3.0),
+    "attn_out": mi.Add(mi.sites.attn_out(1, positions="end"), ADDED),
+    "resid_mid": mi.Noise(mi.sites.resid_mid(2), 0.5),
+}
+"""Writes that belong to a node, or only add."""
+ADDING = {
+    "q": mi.Add(mi.sites.q(1), 0.5),
+    "v": mi.Add(mi.sites.v(2), -0.3),
+    "mlp_in": mi.Add(mi.sites.mlp_in(1), ADDED),
+    "logits": mi.Apply(mi.sites.logits(), lambda x: torch.tanh(x) * 3),
+}
+"""Writes at what a receiver makes of its input."""
+
+
+@pytest.mark.parametrize("name", [*SEEN, *ADDING])
+def test_scores_of_what_is_in_force(model: mi.Model, name: str) -> None:
+    """Interventions around an attribution are seen in what senders write and in gradients at receivers."""
+    if name == "mlp_act" and model.dims.sparse:  # has no such site
+        name = "mlp_out"
+    without = by_hand(model, PAIRS, [0.0, 0.5])
+    with model.intervene((SEEN | ADDING)[name]):
+        expected = by_hand(model, PAIRS, [0.0, 0.5])
+        found = mi.run(model, PAIRS, mi.EdgeAttribution("eap-ig-inputs", steps=2))
+    assert relative(found.data["score"], expected) < 1e-4
+    assert relative(without, expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["z", "k_rot", "resid_post"])
+def test_performed_patches_of_what_is_in_force(model: mi.Model, name: str) -> None:
+    """Exact scores, against runs in which one receiver's input lacks what one sender changed."""
+    graph, tokens = Graph.of(model), model.tokenize(FEW)
+    sender, receiver = graph.ends
+    some = np.random.default_rng(0).choice(len(graph), 12, replace=False)
+    expected = np.zeros(len(some))
+    with model.intervene(SEEN[name]):
+        found = mi.run(model, FEW, mi.EdgeAttribution("exact")).data["score"].values
+        for i in range(len(tokens)):
+            batch = tokens.batch([i])
+            right, wrong = batch.answers[0]
+            (clean, ours), (_, theirs) = (contributions(model, batch.run(run).ids) for run in ("clean", "corrupted"))
+            base, _ = split_run(model, clean, right[0], wrong[0], {})
+            for j, edge in enumerate(some):
+                u = graph.senders[sender[edge]]
+                moved = {graph.receivers[receiver[edge]]: theirs[u] - ours[u]}
+                patched, _ = split_run(model, clean, right[0], wrong[0], moved)
+                expected[j] += float((base - patched).detach()) / len(tokens)
+    np.testing.assert_allclose(found[some], expected, atol=2e-5 + 1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("method", "write"),
+    [
+        ("eap", mi.Scale(mi.sites.q(1), 0.5)),
+        ("eap", mi.Zero(mi.sites.attn_out(1))),
+        ("eap-ig-inputs", mi.Scale(mi.sites.resid_post(0), 0.5)),
+        ("eap-ig-activations", mi.Zero(mi.sites.mlp_in(0))),
+        ("eap", mi.Zero(mi.sites.head_out(1, heads=0))),
+        ("exact", mi.Add(mi.sites.q(1), 0.5)),
+        ("exact", mi.Scale(mi.sites.logits(), 2.0)),
+        ("exact", mi.Add(mi.sites.final_norm(), 2.0)),
+    ],
+)
+def test_what_scores_of_edges_know_nothing_of_is_refused(method: Any, write: mi.Intervention) -> None:
+    model = mi.testing.tiny("llama")
+    with model.intervene(write), pytest.raises(NeedsError, match=rf"{type(write).__name__} writes at .*leave"):
+        mi.run(model, PAIRS, mi.EdgeAttribution(method))
+    handle = model.hf.model.layers[0].mlp.register_forward_hook(lambda m, a, out: out * 2)
+    with pytest.raises(NeedsError, match="hooks are inside the model"):
+        mi.run(model, PAIRS, mi.EdgeAttribution(method))
+    handle.remove()
+    mi.run(model, FEW, mi.EdgeAttribution(method))
 
 
 def test_activation_paths_are_integrated_sender_by_sender(model: mi.Model) -> None:

@@ -14,7 +14,7 @@ from mechinterp.core.statistics import fdr
 from mechinterp.engine.edges import run_circuits
 from mechinterp.errors import NeedsError
 from mechinterp.studies import completeness, faithfulness, faithfulness_curve, minimality
-from mechinterp.studies.faithfulness import FRACTIONS, summary
+from mechinterp.studies.evaluation import FRACTIONS, summary
 from mechinterp.tasks.planted import Planted
 
 PAIRS = mi.tasks.ioi(6)

@@ -22,6 +22,7 @@ from mechinterp.core.trace import Read, Run
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.architecture import check
 from mechinterp.model.attention import raw_scores, softmax
+from mechinterp.model.hooks import in_force
 from mechinterp.sites import KINDS, Position, Site
 
 QUERIES = ("q", "q_normed", "q_rot")
@@ -77,7 +78,8 @@ class AttributionPatching(Analyzer):
     Raises:
         NeedsError: sites without such an estimate; ``"atp*"`` of the residual stream or the final norm, which no
             layer's gradient can be dropped for; a metric that compares with the clean run (kl), and has no
-            gradient there, when noising.
+            gradient there, when noising; an intervention in force at the logits or, with "atp*" of q or k, at
+            scores or pattern, which are made anew here. Any other is accounted for.
     """
 
     site: str | tuple[str, ...]
@@ -140,6 +142,7 @@ class AttributionPatching(Analyzer):
         return self.method == "atp" or self.exact._kinds[0] not in OTHERS
 
     def needs(self, model: Model) -> Needs:
+        self._check_in_force(model)
         base, source = self.runs
         sites, count = self._sites(model), model.dims.n_layers
         for site in sites:
@@ -211,6 +214,16 @@ class AttributionPatching(Analyzer):
         views = tuple(self._relabelled(view) for view in result.views)
         order = ["effect", "ci_low", "ci_high", "p", "q", "cell", "estimate", "clean", "corrupted", "token"]
         return Result(data[[name for name in order if name in data]], {}, views)
+
+    def _check_in_force(self, model: Model) -> None:
+        """Raise where somebody writes what is made anew here: the logits, or a pattern from its scores."""
+        anew = ("logits", "scores", "pattern") if self.method == "atp*" and self.signed else ("logits",)
+        written, _ = in_force(model.hf, model.arch.base)
+        head: Any = model.hf.get_submodule(model.arch.unembed)
+        if bad := [f"{type(write).__name__} writes at {site}" for site, write in written if site.kind in anew]:
+            raise NeedsError(f"there is no attribution patching while {bad[0]}; leave the intervene() block")
+        if head._forward_hooks and not any(site.kind == "logits" for site, _ in written):
+            raise NeedsError(f"there is no attribution patching while a hook is on {model.arch.unembed}; remove it")
 
     def _sites(self, model: Model) -> tuple[Site, ...]:
         """Kind by kind, all layers of each."""

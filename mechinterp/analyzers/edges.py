@@ -13,19 +13,28 @@ from torch import Tensor
 from mechinterp.analyzers.paths import as_written
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Grad, Model, Needs, Sweep
 from mechinterp.core.graph import Graph
-from mechinterp.core.interventions import Replace
+from mechinterp.core.interventions import Add, Noise, Replace, Steer
 from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.core.trace import Read, Trace
+from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import NeedsError
+from mechinterp.model.hooks import in_force
 from mechinterp.model.slices import select
 from mechinterp.sites import Site
 
 METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "exact")
 ROWS = 256
 """Exact patches that one sweep makes."""
+
+INSIDE = (
+    *("embed", "z", "mlp_out", "q_normed", "k_normed", "q_rot", "k_rot", "scores", "pattern"),
+    *("mlp_gate", "mlp_up", "mlp_act", "router"),
+)
+"""Sites at the end of a node or inside it: what is written there is seen in what nodes send, and in gradients."""
+STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "head_out")
+"""Sites that belong to no node: what is added there changes neither a difference of two runs nor a gradient."""
 
 Senders = Float[Tensor, "sender example pos d_model"]
 Receivers = Float[Tensor, "receiver example pos d_model"]
@@ -63,7 +72,10 @@ class EdgeAttribution(Analyzer):
             for each key/value head.
         intervals: keep scores of every example, ``example edge``.
     Raises:
-        NeedsError: an unknown method, fewer than one step, or "eap" of a metric that compares with the clean run.
+        NeedsError: an unknown method, fewer than one step, or "eap" of a metric that compares with the clean run;
+            hooks in force, or interventions between what nodes write and what others read. Those at what a node
+            writes or inside it are accounted for, and so is whatever only adds (but with "exact", which makes
+            receivers' own input, where it adds to that).
     """
 
     method: Literal["eap", "eap-ig-inputs", "eap-ig-activations", "exact"] = "eap-ig-inputs"
@@ -85,38 +97,48 @@ class EdgeAttribution(Analyzer):
             raise NeedsError(f"The steps of EdgeAttribution must be at least 1. Got {self.steps}")
 
     def needs(self, model: Model) -> Needs:
+        _check_in_force(model, self.method)
         n = model.dims.n_layers
         senders = (Site("embed"), *(Site(kind, i) for i in range(n) for kind in ("z", "mlp_out")))
         corrupted = [Read(site, "corrupted") for site in senders]
         if self.method == "eap":  # the run that is differentiated gives its own values
             grad = Grad(self._receivers(n), self.metric, reads=(*senders, *_inputs(n)))
             return Needs(reads=corrupted, grads={"clean": grad})
-        both = [*(Read(site) for site in senders), *corrupted]
+        clean = [Read(site) for site in senders]
         if self.method == "exact":
-            return Needs(reads=[*both, *(Read(site) for site in _inputs(n))])
+            return Needs(reads=[*clean, *corrupted, *(Read(site) for site in _inputs(n))])
         grads: dict[str, Grad] = {}
         for name, layer, (at, shares) in self._paths(n):
             for k, share in enumerate(shares):
+                beside = _inputs(n, layer)
+                if share == 0:  # the path over inputs begins at the corrupted run, which so needs no pass of its own
+                    beside, corrupted = (*beside, *senders), []
                 grads[f"{name} {k}"] = Grad(
-                    self._receivers(n, layer), self.metric, reads=_inputs(n, layer), between=((at, share),)
+                    self._receivers(n, layer), self.metric, reads=beside, between=((at, share),)
                 )
-        return Needs(reads=both, grads=grads)
+        return Needs(reads=[*clean, *corrupted], grads=grads)
 
     def observe(self, batch: Batch) -> Part:
         graph = Graph.of(batch.model, self.ungrouped)
-        mask = batch.examples.mask
+        start = batch.examples.first_difference
+        if self.method == "exact" or in_force(batch.model.hf, batch.model.arch.base)[0]:
+            start = 0  # a function that is in force may carry a change to earlier positions
         values = batch.values["clean"] if self.method == "eap" else batch.clean
-        start = 0 if self.method == "exact" else _first_difference(batch.examples)
-        # Before the senders' tensor is made, so that it does not lie beside a backward pass.
-        averaged = list(self._averaged(batch, graph, "inputs", start, ("q", 0))) if "inputs" in self.method else []
-        changed = _changed(batch.model, graph, values, batch.corrupted, mask, start)
+        averaged: Gradients = iter(())
+        if self.method == "eap-ig-inputs":
+            changes = _changes(batch, values, batch.values["inputs 0"], "clean", start)
+            # Before what heads send is made, so that it does not lie beside a backward pass.
+            averaged = self._averaged(batch, graph, "inputs", start, ("q", 0))
+        else:
+            changes = _changes(batch, values, batch.corrupted, "corrupted", start)
+        changed = graph.sent(batch.model, changes.pop)
         if self.method == "exact":
             scores = self._exact(batch, graph, changed)
         elif self.method == "eap":
             read = _pull_back(batch.model, graph, batch.grads["clean"], batch.values["clean"], start)
             scores = self._product(graph, changed, read)
         elif self.method == "eap-ig-inputs":
-            scores = self._product(graph, changed, iter(averaged))
+            scores = self._product(graph, changed, averaged)
         else:
             scores = self._along_activations(batch, graph, changed, start)
         if self.intervals:
@@ -165,19 +187,23 @@ class EdgeAttribution(Analyzer):
 
     def _averaged(self, batch: Batch, graph: Graph, name: str, start: int, after: tuple[str, int]) -> Gradients:
         """Gradients at receivers' inputs, averaged over the steps of a path."""
+        (kind, layer), width = after, graph.n_heads + 2 * graph.keys + 1
+        earlier = min(layer, graph.n_layers) * width + (width - 1 if kind == "mlp" else 0)
+        examples, columns = batch.examples.ids[:, start:].shape
+        # In one piece, made before the passes, so that it does not lie strewn among what they leave.
+        shape = (len(graph.receivers) - earlier, examples, columns, batch.model.dims.d_model)
+        rest = torch.zeros(shape, device=batch.examples.ids.device)
         total: list[tuple[int, dict[str, Tensor]]] = []
         for k in range(self.steps):
             grads, values = batch.grads[f"{name} {k}"], batch.values[f"{name} {k}"]
             for place, (layer, read) in enumerate(_pull_back(batch.model, graph, grads, values, start, after)):
                 if not k:
-                    total.append((layer, read))
-                for kind, gradient in read.items() if k else ():
-                    total[place][1][kind].add_(gradient)
+                    *parts, rest = rest.split([*map(len, read.values()), len(rest) - sum(map(len, read.values()))])
+                    total.append((layer, dict(zip(read, parts, strict=True))))
+                for receiver, gradient in read.items():
+                    total[place][1][receiver].add_(gradient, alpha=1 / self.steps)
             del grads, values  # or they would lie beside those of the next step
-        for _, read in total:
-            for gradient in read.values():
-                gradient.div_(self.steps)
-        yield from total
+        return iter(total)
 
     def _product(
         self, graph: Graph, changed: Senders, read: Gradients, out: Tensor | None = None, among: slice = slice(0, None)
@@ -252,6 +278,22 @@ class EdgeAttribution(Analyzer):
         return Replace(site, as_written(value, site, examples), of=examples.rows)
 
 
+def _check_in_force(model: Model, method: str) -> None:
+    """Raise where somebody changes what travels along edges, of which neither gradients nor patches know."""
+    written, others = in_force(model.hf, model.arch.base)
+    if others:
+        raise NeedsError("edges cannot be scored while hooks are inside the model: remove them, or use intervene()")
+    for site, write in written:
+        adds = isinstance(write, Add | Steer | Noise)
+        if site.kind not in (INSIDE if method == "exact" else (*INSIDE, "logits")) and not (
+            adds and (method != "exact" or site.kind in STREAM)
+        ):
+            raise NeedsError(
+                f"edges cannot be scored with method={method!r} while {type(write).__name__} writes at {site}, between"
+                " what nodes write and what others read; write at embed, z or mlp_out, or leave the intervene() block"
+            )
+
+
 def _inputs(n: int, after: tuple[str, int] = ("q", 0)) -> tuple[Site, ...]:
     """What receivers read, before its norm, from a kind of receiver of a layer on."""
     kind, first = after
@@ -267,28 +309,14 @@ def _named(graph: Graph) -> dict[str, Any]:
     return {"edge": ("edge", names), "sender": ("edge", senders), "receiver": ("edge", receivers)}
 
 
-def _first_difference(batch: TokenBatch) -> int:
-    """The first column at which any example's two prompts differ; before it, senders write the same."""
-    differs = (batch.ids != batch.run("corrupted").ids).any(0)
-    return int(differs.int().argmax()) if bool(differs.any()) else len(differs) - 1
-
-
-def _changed(model: Model, graph: Graph, clean: Trace, corrupted: Trace, mask: Tensor, start: int) -> Senders:
-    """What every node writes in the clean run less in the corrupted one, from a column on; zero at padding."""
-    heads, padding = graph.n_heads, ~mask[:, start:, None]
-
-    def difference(site: Site) -> Tensor:
-        return clean[site][:, start:].float() - corrupted[Read(site, "corrupted")][:, start:].float()
-
-    first = difference(Site("embed"))
-    out = first.new_empty(len(graph.senders), *first.shape)
-    out[0] = first
-    for i in range(graph.n_layers):
-        at = 1 + i * (heads + 1)
-        z = difference(Site("z", i)).flatten(0, 1).transpose(0, 1)
-        torch.bmm(z, model.W_O(i).float(), out=out[at : at + heads].view(heads, -1, out.shape[-1]))
-        out[at + heads] = difference(Site("mlp_out", i))
-    return out if bool(mask.all()) else out.masked_fill_(padding, 0.0)
+def _changes(batch: Batch, clean: Trace, other: Trace, of: Run, start: int) -> dict[Site, Tensor]:
+    """What is written at senders' sites in the clean run less in another, from a column on; zero at padding."""
+    n, padding = batch.model.dims.n_layers, ~batch.examples.mask[:, start:]
+    sites = [Site("embed"), *(Site(kind, i) for i in range(n) for kind in ("z", "mlp_out"))]
+    out = {site: clean[site][:, start:].float() - other[Read(site, of)][:, start:].float() for site in sites}
+    for change in out.values() if bool(padding.any()) else ():
+        change[padding] = 0.0
+    return out
 
 
 def _pull_back(

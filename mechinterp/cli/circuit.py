@@ -1,16 +1,14 @@
 """mechinterp circuit: which edges a behaviour needs, and whether they do what the model does."""
 
-import inspect
 import shlex
 import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +27,7 @@ from mechinterp.cli.study import (
     Seed,
     check_format,
     check_out,
+    explanation,
     read_examples,
     reported,
 )
@@ -176,18 +175,19 @@ def _read(path: Path) -> "mi.Examples":
 def _test(
     name: str, one: "Circuit", model: "mi.Model", pairs: "mi.Examples", curve: bool, options: dict[str, Any]
 ) -> Found:
-    """Measure a circuit. The results get names of their own, and the curve an axis that shows all its sizes."""
-    faithfulness = mi.studies.faithfulness(one, model, pairs, **options).with_meta(analyzer=f"Faithfulness{name}")
-    along = minimal = None
-    if curve:
-        along = mi.studies.faithfulness_curve(one, model, pairs, **options)
-        shares = [f"{fraction:.3g}" for fraction in 100 * along.data["fraction"].values]
-        data = along.data.assign_coords({"% of edges": ("fraction", shares)})
-        views = tuple(replace(view, x="% of edges") for view in along.views)
-        along = mi.Result(data, {**along.meta, "analyzer": f"FaithfulnessCurve{name}"}, views)
-    if 0 < len(one) <= MOST_CUT:
-        minimal = mi.studies.minimality(one, model, pairs, **options).with_meta(analyzer=f"Minimality{name}")
-    return Found(name, one, faithfulness, along, minimal)
+    """Measure a circuit; the results say of which one they are."""
+
+    def measured(test: "Callable[..., mi.Result]") -> "mi.Result":
+        result = test(one, model, pairs, **options)
+        return result.with_meta(analyzer=f"{result.meta['analyzer']}{name}")
+
+    return Found(
+        name,
+        one,
+        measured(mi.studies.faithfulness),
+        measured(mi.studies.faithfulness_curve) if curve else None,
+        measured(mi.studies.minimality) if 0 < len(one) <= MOST_CUT else None,
+    )
 
 
 def _summary(found: Sequence[Found], options: dict[str, Any], n: int, held_out: Path | None) -> list[str]:
@@ -212,12 +212,12 @@ def _size(one: Found, options: dict[str, Any]) -> str:
     """How many edges, and why so many."""
     meta, graph = one.circuit.meta, one.circuit.graph
     size, goal = options["size"], f"faithfulness {options['faithful']:g}"
-    why = f"the fewest of the largest scores of {meta['method']} that reach {goal}"
+    why = f"the fewest of the largest scores, by size, of {meta['method']} that reach {goal}"
     if meta["method"] == Method.acdc:
         why = f"what acdc kept of {meta['tried']:,} candidates, each worth {meta['threshold']:g} nats or more"
     elif size is not None:
         asked = size if isinstance(size, int) else max(1, round(size * len(graph)))
-        why = f"those of the {asked:,} largest scores of {meta['method']} that are on a path to the logits"
+        why = f"those of the {asked:,} largest scores, by size, of {meta['method']} that are on a path to the logits"
     elif not meta["faithfulness"] >= options["faithful"]:
         why = f"all that are on a path to the logits, for no fewer reach {goal}"
     said = f"Circuit{one.name}: {len(one.circuit):,} of {len(graph):,} edges"
@@ -235,7 +235,7 @@ def _faithfulness(one: Found, where: str) -> str:
 
 
 def _curve(one: Found) -> str:
-    from mechinterp.studies.faithfulness import summary
+    from mechinterp.studies.evaluation import summary
 
     assert one.curve is not None
     row: Any = summary({"": one.curve}).iloc[0]
@@ -257,14 +257,15 @@ def _minimality(result: "mi.Result", name: str) -> str:
 
 def _interval(value: float, low: float, high: float) -> str:
     """``0.88 (95% interval 0.80 to 0.95)``; NaN: too few pairs."""
-    said = "not defined" if value != value else f"{value:.2f}"
-    return said if low != low else f"{said} (95% interval {low:.2f} to {high:.2f})"
+    said, *ends = (f"{round(each, 2) + 0.0:.2f}" for each in (value, low, high))  # never -0.00
+    said = "not defined" if value != value else said
+    return said if low != low else f"{said} (95% interval {ends[0]} to {ends[1]})"
 
 
 def _write(out: Path, title: str, found: Sequence[Found], manifest: dict[str, Any], summary: Sequence[str]) -> Path:
     from mechinterp.report.files import slug
     from mechinterp.report.study import write_study
-    from mechinterp.studies.circuit_figure import write_json
+    from mechinterp.studies.circuit_figure import circuit_picture, write_json
 
     results: list[mi.Result] = []
     files, explanations = dict[str, str](), dict[str, str]()
@@ -273,12 +274,12 @@ def _write(out: Path, title: str, found: Sequence[Found], manifest: dict[str, An
         there = [(how, result) for how, result in tests if result is not None]
         results += [*_tables(one), *(result for _, result in there)]
         for how, result in there:  # what its docstring says first
-            told = (inspect.getdoc(getattr(mi.studies, how)) or "").split("\n\n")
-            explanations[str(result.meta["analyzer"])] = "\n\n".join(takewhile(lambda p: p[:6] != "Result", told))
+            explanations[str(result.meta["analyzer"])] = explanation(getattr(mi.studies, how))
         stem = slug(f"circuit{one.name}")
         files |= {f"{stem}.json": write_json(one.circuit), f"{stem}.dot": one.circuit.dot()}
     drawings = {f"Circuit{one.name}": one.circuit.figure() for one in found}
-    more: dict[str, Any] = {"explanations": explanations, "drawings": drawings, "files": files}
+    pictures = {f"Circuit{one.name}": circuit_picture(one.circuit) for one in found}
+    more: dict[str, Any] = {"explanations": explanations, "drawings": drawings, "pictures": pictures, "files": files}
     return write_study(out, title, results, plan="", manifest=manifest, summary=summary, **more)
 
 
@@ -286,15 +287,13 @@ def _tables(one: Found) -> "list[mi.Result]":
     """The circuit's edges and nodes as results, largest first."""
     import xarray as xr
 
-    edges, nodes = one.circuit.edges, one.circuit.by_node()
-    names = (edges["sender"] + " → " + edges["receiver"]).tolist()
-    coords: dict[str, Any] = {name: ("edge", edges[name].tolist()) for name in ("sender", "receiver")}
-    scores = xr.Dataset({"score": ("edge", edges["score"].to_numpy(float))}, {"edge": names, **coords})
-    sums = {name: ("node", nodes[name].to_numpy(float)) for name in ("outgoing", "incoming")}
+    edges: Any = one.circuit.edges
+    named: Any = edges.set_index(edges["sender"] + " → " + edges["receiver"]).rename_axis("edge")
+    scores = xr.Dataset.from_dataframe(named).set_coords(["sender", "receiver"])
+    sent = xr.Dataset.from_dataframe(one.circuit.by_node().set_index("node"))
     strongest = mi.View("bars", "score", "edge", title="The strongest edges", unit="score")
     sending = mi.View("bars", "outgoing", "node", title="What nodes send", unit="sum of sizes of scores")
     meta = {key: one.circuit.meta[key] for key in ("model", "method", "metric", "seed")}
-    sent = xr.Dataset(sums, {"node": nodes["node"].tolist()})
     return [
         mi.Result(scores, {**meta, "analyzer": f"CircuitEdges{one.name}"}, (strongest,)),
         mi.Result(sent, {**meta, "analyzer": f"CircuitNodes{one.name}"}, (sending,)),

@@ -95,16 +95,16 @@ def study(
         "seconds": {"load": round(loaded - begun, 2), "run": round(ran - loaded, 2)},
     }
     typer.echo("\nwriting tables, figures and the report ...", err=True)
-    explanations = {a.name: _explanation(type(a)) for a in analyzers}
+    explanations = {a.name: explanation(type(a)) for a in analyzers}
     report = write_study(
         out, title, results, plan=str(plan), manifest=manifest, summary=summary, explanations=explanations
     )
     typer.echo(f"\nreport: {report}")
 
 
-def _explanation(kind: type) -> str:
+def explanation(what: object) -> str:
     """The paragraphs of a docstring before it turns to the result's columns and the options."""
-    paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
+    paragraphs = (inspect.getdoc(what) or "").split("\n\n")
     cut = next((i for i, p in enumerate(paragraphs) if p.startswith(("Result", "Attributes:"))), len(paragraphs))
     return "\n\n".join(paragraphs[:cut])
 

@@ -7,13 +7,18 @@ key/value head ``a5.kv1<k>``, ``a5.kv1<v>`` (ungrouped: of each query head, ``a5
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechinterp.errors import NeedsError
+from mechinterp.sites import Site
 
 if TYPE_CHECKING:
     from mechinterp.model.model import Model
@@ -123,6 +128,23 @@ class Graph:
     @functools.cached_property
     def _numbers(self) -> tuple[dict[str, int], dict[str, int]]:
         return tuple({name: i for i, name in enumerate(names)} for names in (self.senders, self.receivers))  # pyright: ignore[reportReturnType] -- a tuple of two
+
+    @torch.no_grad()
+    def sent(self, model: Model, change: Callable[[Site], Tensor]) -> Float[Tensor, "sender example pos d_model"]:
+        """What every node writes more in one run than in another, in fp32.
+
+        Args:
+            change: how much more there is at the sites of senders: ``embed``, ``z`` and ``mlp_out`` of every layer.
+        """
+        first = change(Site("embed")).float()
+        out = first.new_empty(len(self.senders), *first.shape)
+        out[0] = first
+        for i in range(self.n_layers):
+            at = 1 + i * (self.n_heads + 1)
+            z = change(Site("z", i)).float().flatten(0, 1).transpose(0, 1)
+            torch.bmm(z, model.W_O(i).float(), out=out[at : at + self.n_heads].view(self.n_heads, -1, out.shape[-1]))
+            out[at + self.n_heads] = change(Site("mlp_out", i))
+        return out
 
     def nodes_of(self, receiver: str) -> tuple[str, ...]:
         """The nodes that a receiver feeds: a head, every head of a key/value head's group, an MLP, or the logits."""

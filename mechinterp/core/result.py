@@ -82,6 +82,8 @@ class View:
     scale: Literal["own", "shared"] = "own"
     """Panels of a heatmap: each with colours and a range of its own, as causal traces are drawn (Meng et al. 2022),
     so that a faint panel can be read; or all with one, so that colours can be compared across panels."""
+    log: bool = False
+    """Lines only: a numeric `x`, above 0, on a logarithmic axis."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -121,6 +121,16 @@ class TokenBatch:
         """Positions counted from each row's first real token; never read at padding."""
         return (self.mask.long().cumsum(1) - 1).clamp(min=0)[:, self.offset :]
 
+    @property
+    def first_difference(self) -> int:
+        """The first column at which any example's two prompts differ; the last one where none do.
+
+        Raises:
+            ExamplesError: there are no corrupted prompts.
+        """
+        differs = (self.ids != self.run("corrupted").ids).any(0)
+        return int(differs.int().argmax()) if bool(differs.any()) else len(differs) - 1
+
     def right_padded(self) -> "TokenBatch":
         """The same examples with their first real tokens in column 0."""
         if not self.left_padded:

@@ -63,13 +63,13 @@ def backward(
         logits = chosen if written else model.unembed(final, rows)
         against = None if reference is None else reference.logits[metric]
         total = metric.score(logits, batch, rows, against).sum()
-        tensors = [attached.captured[place] for place in places]
-        grads = torch.autograd.grad(total, tensors, allow_unused=True)
+        edges = [attached.captured[place][0] for place in places]
+        grads = torch.autograd.grad(total, edges, allow_unused=True)
     out: dict[Read, Tensor] = {}
     for site in sites:
         grad = grads[places.index(site.whole)]
         if grad is None and writes:
-            grad = torch.zeros_like(attached.captured[site.whole])
+            grad = final.new_zeros(attached.captured[site.whole][1])
         if grad is None:
             raise NeedsError(f"the metric {metric} does not depend on {site}; ask for the gradient at an earlier site")
         heads = model.dims.heads(site.kind)

@@ -69,20 +69,18 @@ class EdgeRuns:
         self.clean = Passed({}, clean.logits, clean.rows)
         self.full = score(metric, self.batch, clean, clean)
         """Metric of the clean run, ``example``."""
-        self.first = self._first_difference() if cut_to == "corrupted" else 0
+        self.first = self.batch.first_difference if cut_to == "corrupted" else 0
         """The column from which on circuits can differ; before it, all runs are one."""
         self.reference = self._reference(cut_to, means)
         """What stands at the sites of senders, and on the residual stream, where every edge is cut."""
-        self.changed = self._changed({site: clean.values[Read(site)] for site in sites})
+        self.changed = graph.sent(
+            model, lambda site: clean.values[Read(site)][:, self.first :].float() - self._rest(site).float()
+        )
         """What senders of `start` write less what they write in the reference, ``sender example pos d_model``."""
         self.start: Kept = np.ones(len(graph), bool)
         """The circuit that `changed` is of: at first all edges."""
         self.rotary = self._rotary()
         self._plain: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def _first_difference(self) -> int:
-        differs = (self.batch.ids != self.batch.run("corrupted").ids).any(0)
-        return int(differs.int().argmax()) if bool(differs.any()) else len(differs) - 1
 
     def _rest(self, site: Site) -> Tensor:
         """The reference in the columns where circuits can differ."""
@@ -113,17 +111,6 @@ class EdgeRuns:
             resid = resid if bias is None else resid + bias
             out[Site("resid_mid", i)] = resid
         out[Site("resid_post", n - 1)] = resid
-        return out
-
-    def _changed(self, values: Mapping[Site, Tensor]) -> Tensor:
-        heads = self.graph.n_heads
-        embed = values[Site("embed")][:, self.first :].float() - self._rest(Site("embed")).float()
-        out = embed.new_empty(len(self.graph.senders), *embed.shape)
-        out[0] = embed
-        for i in range(self.n):
-            first = 1 + i * (heads + 1)
-            out[first : first + heads] = self._heads(i, values[Site("z", i)][:, self.first :])
-            out[first + heads] = (values[Site("mlp_out", i)][:, self.first :] - self._rest(Site("mlp_out", i))).float()
         return out
 
     def _heads(self, layer: int, z: Float[Tensor, "row pos head d_head"]) -> Float[Tensor, "head row pos d_model"]:

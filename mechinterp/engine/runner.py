@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Protocol, overload, runtime_checkable
@@ -41,6 +41,18 @@ class Progress(Protocol):
     def advance(self, what: str, steps: int) -> None:
         """Some passes are done."""
         ...
+
+
+@contextlib.contextmanager
+def shown(progress: Progress | bool) -> Generator[Progress | None, None, None]:
+    """Whom to tell how the work goes; True: a bar, for as long as the block lasts."""
+    if progress is not True:
+        yield progress or None
+        return
+    from mechinterp.engine.progress import Bar
+
+    with Bar() as bar:
+        yield bar
 
 
 @dataclass
@@ -137,12 +149,8 @@ def run(
     tokens = None if examples is None else model.tokenize(as_examples(examples))
     results: list[Result | None] = [None] * len(todo)
     started = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        if progress is True:
-            from mechinterp.engine.progress import Bar
-
-            progress = stack.enter_context(Bar())
-        state = Run(model, tokens, batch_size, padding_side, seed, progress or None, engine, budget)
+    with shown(progress) as told:
+        state = Run(model, tokens, batch_size, padding_side, seed, told, engine, budget)
         for number in range(1, MAX_ROUNDS + 1):
             if not todo:
                 break

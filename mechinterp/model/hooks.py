@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import TokenBatch
@@ -22,6 +23,9 @@ from mechinterp.model.attention import PREFIX, Act, LayerWork, Pass, check_writt
 from mechinterp.model.slices import PATTERN_KINDS, overwrite, real, select
 from mechinterp.model.weights import linear_weight
 from mechinterp.sites import Site, resolve
+
+CAPTURING = "transformers.utils.output_capturing"
+"""Whose hooks stay on a model once hidden states were asked of it; they only look, and in such a call alone."""
 
 
 class Stop(Exception):
@@ -35,7 +39,7 @@ class Attached:
         hf, arch, dims: the model and what is known about it.
         writes: interventions, in order.
         reads: what to keep of every forward call; the newest call is in `values`.
-        grads: sites whose tensors are kept in the graph, in `captured`, for a backward pass.
+        grads: sites whose places in the graph are kept, in `captured`, for a backward pass.
         stop: end the pass after this site (the engine catches `Stop`).
         keep_steps: keep what is read in every call, in `steps`, rather than in the newest alone.
     Raises:
@@ -60,7 +64,8 @@ class Attached:
         self.writes = sorted(writes_at, key=lambda each: each[0].order)
         self.reads, self.grads, self.stop = tuple(reads), tuple(grads), stop
         self.values: dict[Read, Tensor] = {}
-        self.captured: dict[Site, Tensor] = {}
+        self.captured: dict[Site, tuple[GradientEdge, torch.Size]] = {}
+        """Where the gradient of each site arrives, and its shape; a site's tensor is free to go."""
         self.steps: list[dict[Read, Tensor]] = []
         self.keep_steps = keep_steps
         self.known: TokenBatch | None = None
@@ -70,6 +75,10 @@ class Attached:
         self._reached: set[Site] = set()
         self._keep: set[tuple[str, str]] = set()  # (end, path) of what is kept for somebody elsewhere
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._ins: dict[str, list[Act]] = defaultdict(list)
+        self._outs: dict[str, list[Act]] = defaultdict(list)
+        self._work: dict[int, LayerWork] = {}
+        self._kernel: str | None = None
         for site in [*(s for s, _ in self.writes), *(r.site for r in self.reads), *self.grads]:
             check(site, arch, dims)
 
@@ -99,31 +108,28 @@ class Attached:
                 )
 
     def _attach(self) -> None:
-        ins: dict[str, list[Act]] = defaultdict(list)
-        outs: dict[str, list[Act]] = defaultdict(list)
-        work: dict[int, LayerWork] = {}
+        self._ins, self._outs, self._work = defaultdict(list), defaultdict(list), {}
         for site, write in self.writes:
-            self._place_write(site, write, ins, outs, work)
+            self._place_write(site, write)
         for read in self.reads:
-            self._place_read(read, ins, outs, work)
+            self._place_read(read)
         for site in self.grads:
-            self._place_grad(site, ins, outs, work)
+            self._place_grad(site)
         if self.stop is not None:
             place = self.arch.place(self.stop)
-            (ins if place.end == "in" else outs)[place.path].append(_stop)
+            (self._ins if place.end == "in" else self._outs)[place.path].append(_stop)
         if any(s.kind == "logits" for s in (*(s for s, _ in self.writes), *(r.site for r in self.reads))):
             self._handles.append(self.hf.register_forward_pre_hook(_all_logits, with_kwargs=True))
         base = self.hf.get_submodule(self.arch.base)
         self._handles.append(base.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for path, acts in ins.items():
+        for path, acts in self._ins.items():
             self._handles.append(
                 self.hf.get_submodule(path).register_forward_pre_hook(self._in(path, acts), with_kwargs=True)
             )
-        for path, acts in outs.items():
+        for path, acts in self._outs.items():
             self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(path, acts)))
-        self._work, self._kernel = list(work.values()), None
         config: Any = self.hf.config
-        if work and not str(config._attn_implementation).startswith(PREFIX):
+        if self._work and not str(config._attn_implementation).startswith(PREFIX):
             self._kernel = config._attn_implementation
             config._attn_implementation = register(self._kernel)
 
@@ -131,12 +137,12 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if getattr(self, "_kernel", None) is not None:
+        if self._kernel is not None:
             config: Any = self.hf.config
             config._attn_implementation, self._kernel = self._kernel, None
-        for each in getattr(self, "_work", ()):  # passes and what was read in them know each other
+        for each in self._work.values():  # passes and what was read in them know each other
             each.state, each.values = None, {}
-        self._work, self.now = [], None
+        self._work, self.now = {}, None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every forward call of the base model gets a `Pass`, made by the engine or from the call itself."""
@@ -153,9 +159,9 @@ class Attached:
         self.values = {}
         if self.keep_steps:
             self.steps.append(self.values)
-        for each in self._work:
+        for each in self._work.values():
             each.state, each.values = state, self.values
-        state.work += self._work
+        state.work += self._work.values()
         return args, {**kwargs, "mechinterp": state}
 
     def _in(self, path: str, acts: list[Act]) -> Callable[..., Any]:
@@ -193,41 +199,32 @@ class Attached:
         if place in self._keep or place in self.now.kept:
             self.now.kept[place] = value
 
-    def _place_write(
-        self,
-        site: Site,
-        write: Intervention,
-        ins: dict[str, list[Act]],
-        outs: dict[str, list[Act]],
-        work: dict[int, LayerWork],
-    ) -> None:
+    def _place_write(self, site: Site, write: Intervention) -> None:
         place = self.arch.place(site)
         edit = self._edit(site, write)
         if site.kind == "resid_mid":  # no module makes it: a write is a change of attn_out
             assert site.layer is not None
             layer = site.layer
-            entering = self._kept("in", self.arch.layer(layer), ins)
+            entering = self._kept("in", self.arch.layer(layer))
 
             def mid(state: Pass, attn_out: Tensor) -> Tensor:
                 state.mids[layer] = self
                 old = state.kept[entering] + attn_out
                 return attn_out + (edit(state, old) - old)
 
-            outs[f"{self.arch.layer(layer)}.self_attn"].append(mid)
+            self._outs[f"{self.arch.layer(layer)}.self_attn"].append(mid)
         elif site.kind == "head_out":
-            outs[place.path].append(self._through_heads(site, edit, ins))
+            self._outs[place.path].append(self._through_heads(site, edit))
         elif place.end == "attention":
-            self._inside(site, edit, outs, work)
+            self._inside(site, edit)
         else:
-            (ins if place.end == "in" else outs)[place.path].append(self._split(site, edit))
+            (self._ins if place.end == "in" else self._outs)[place.path].append(self._split(site, edit))
 
-    def _place_read(
-        self, read: Read, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
-    ) -> None:
+    def _place_read(self, read: Read) -> None:
         site = read.site
         place = self.arch.place(site)
         if site.kind in PATTERN_KINDS:
-            self._layer(work, site).watched.append(read)
+            self._layer(site).watched.append(read)
             return
         if read.reduce is not None:
             raise SiteError(
@@ -240,49 +237,49 @@ class Attached:
             return value
 
         if place.end == "attention":
-            self._inside(site, keep, outs, work)
+            self._inside(site, keep)
         elif site.kind == "head_out":
-            outs[place.path].append(self._through_heads(site, keep, ins))
+            self._outs[place.path].append(self._through_heads(site, keep))
         else:
-            (ins if place.end == "in" else outs)[place.path].append(self._split(site, keep))
+            (self._ins if place.end == "in" else self._outs)[place.path].append(self._split(site, keep))
 
-    def _place_grad(
-        self, site: Site, ins: dict[str, list[Act]], outs: dict[str, list[Act]], work: dict[int, LayerWork]
-    ) -> None:
+    def _place_grad(self, site: Site) -> None:
         place = self.arch.place(site)
         _check_grad(site)
 
         def capture(state: Pass, value: Tensor) -> Tensor:
             if not value.requires_grad:
-                value = value.requires_grad_() if value.is_leaf else value
+                value = value.requires_grad_()
             if site.per_query_head:  # a new tensor, or the model would go on with the group's own
                 value = value.clone()
-            self.captured[site] = value
+            self.captured[site] = get_gradient_edge(value), value.shape
             return value
 
         if place.end == "attention":
-            self._inside(site, capture, outs, work)
-            self._layer(work, site).differentiated |= site.kind in PATTERN_KINDS
+            self._inside(site, capture)
+            self._layer(site).differentiated |= site.kind in PATTERN_KINDS
         else:
-            (ins if place.end == "in" else outs)[place.path].append(capture)
+            (self._ins if place.end == "in" else self._outs)[place.path].append(capture)
 
-    def _inside(self, site: Site, act: Act, outs: dict[str, list[Act]], work: dict[int, LayerWork]) -> None:
+    def _inside(self, site: Site, act: Act) -> None:
         """Act inside the attention function; a view per query head starts from what its module gave."""
-        self._layer(work, site).edits[LayerWork.key(site)].append(act)
+        self._layer(site).edits[LayerWork.key(site)].append(act)
         if site.per_query_head and site.kind != "k_rot":
-            self._kept("out", self.arch.place(site.of_kv_head).path, outs)
+            self._kept("out", self.arch.place(site.of_kv_head).path)
 
-    def _layer(self, work: dict[int, LayerWork], site: Site) -> LayerWork:
+    def _layer(self, site: Site) -> LayerWork:
         assert site.layer is not None
-        if site.layer not in work:
+        if site.layer not in self._work:
             rotary: Any = self.hf.get_submodule(f"{self.arch.base}.rotary_emb")
-            work[site.layer] = LayerWork(site.layer, f"{self.arch.layer(site.layer)}.self_attn", rotary)
-        return work[site.layer]
+            self._work[site.layer] = LayerWork(site.layer, f"{self.arch.layer(site.layer)}.self_attn", rotary)
+        return self._work[site.layer]
 
-    def _kept(self, end: Literal["in", "out"], path: str, hooked: dict[str, list[Act]]) -> tuple[str, str]:
+    def _kept(self, end: Literal["in", "out"], path: str) -> tuple[str, str]:
         """Keep what goes into a module, or comes out of it, after all writes there; returns where it is kept."""
         self._keep.add((end, path))
-        hooked[path] += []  # so that a hook is there even if nothing is read or written
+        (self._ins if end == "in" else self._outs)[
+            path
+        ] += []  # so that a hook is there even if nothing is read or written
         return end, path
 
     def _edit(self, site: Site, write: Intervention) -> Act:
@@ -313,10 +310,10 @@ class Attached:
 
         return split
 
-    def _through_heads(self, site: Site, act: Act, ins: dict[str, list[Act]]) -> Act:
+    def _through_heads(self, site: Site, act: Act) -> Act:
         """head_out is z through its slice of W_O; a write there is a change of the sum."""
         assert site.layer is not None
-        layer, entering = site.layer, self._kept("in", self.arch.place(site).path, ins)
+        layer, entering = site.layer, self._kept("in", self.arch.place(site).path)
         projection = self.hf.get_submodule(entering[1])
 
         def through(state: Pass, total: Tensor) -> Tensor:
@@ -332,6 +329,20 @@ class Attached:
             return total + (new - old).sum(2)
 
         return through
+
+
+def in_force(hf: nn.Module, base: str) -> tuple[list[tuple[Site, Intervention]], bool]:
+    """What blocks around this one write, and whether somebody else's hooks are inside the model, too.
+
+    Args:
+        base: path of the base model, whose own hooks, and those of the whole model, are not counted.
+    """
+    tops = (hf, hf.get_submodule(base))
+    blocks = (getattr(hook, "__self__", None) for hook in tops[1]._forward_pre_hooks.values())
+    written = [write for block in blocks if isinstance(block, Attached) for write in block.writes]
+    inside = (module for module in hf.modules() if module not in tops)
+    hooks = (hook for m in inside for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return written, any(getattr(hook, "__module__", None) not in (__name__, CAPTURING) for hook in hooks)
 
 
 def route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -270,6 +270,8 @@ def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
     figure.update_xaxes(
         title=_plain(lines.x_name), type="category" if lines.x else None, showgrid=False, ticks="outside"
     )
+    if lines.log:
+        figure.update_xaxes(type="log", dtick=1)
     if lines.x:
         figure.update_xaxes(categoryorder="array", categoryarray=[_plain(n) for n in lines.x])
     figure.update_yaxes(title=_plain(lines.label), zerolinecolor="#bbb", rangemode="tozero")
@@ -376,6 +378,8 @@ def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
     if lines.x:
         axes.set_xticks(range(len(lines.x)), [drawable(name) for name in lines.x])
         axes.set_xlim(-0.5, len(lines.x) - 0.5)
+    elif lines.log:
+        axes.set_xscale("log")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xmargin(0.02)

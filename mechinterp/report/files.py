@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,9 @@ from mechinterp.core.trace import Read, Trace
 from mechinterp.errors import MechinterpError, OutputError
 from mechinterp.report.panels import rows
 from mechinterp.sites import Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULT = "result.json"
 NUMBERS = "numbers.safetensors"
@@ -274,8 +277,6 @@ def write_figures(results: Mapping[str, Result], folder: str | Path) -> list[Pat
     Raises:
         OutputError: the folder cannot be written, or a view does not fit its result.
     """
-    import matplotlib
-
     from mechinterp.report.figures import matplotlib_figure
 
     out: list[Path] = []
@@ -284,14 +285,20 @@ def write_figures(results: Mapping[str, Result], folder: str | Path) -> list[Pat
         folder.mkdir(parents=True, exist_ok=True)
         for name, result in results.items():
             for title, view in _figure_names(name, result).items():
-                figure = matplotlib_figure(result, view)
-                # a fixed salt and no date: the same numbers give the same file
-                with matplotlib.rc_context({"svg.hashsalt": "mechinterp"}):
-                    figure.savefig(folder / f"{title}.png", metadata={"Software": None})
-                    figure.set_layout_engine(None)  # laid out by now; once is enough
-                    figure.savefig(folder / f"{title}.svg", metadata={"Date": None})
-                out += [folder / f"{title}.png", folder / f"{title}.svg"]
+                out += write_picture(matplotlib_figure(result, view), folder / title)
     return out
+
+
+def write_picture(figure: "Figure", stem: Path) -> list[Path]:
+    """A matplotlib figure as ``STEM.png`` and ``STEM.svg``; the same numbers give the same files."""
+    import matplotlib
+
+    paths = [stem.with_name(f"{stem.name}.{end}") for end in ("png", "svg")]
+    with matplotlib.rc_context({"svg.hashsalt": "mechinterp"}):  # a fixed salt, and no date
+        figure.savefig(paths[0], metadata={"Software": None})
+        figure.set_layout_engine(None)  # laid out by now; once is enough
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
 
 
 def _figure_names(name: str, result: Result) -> dict[str, View]:

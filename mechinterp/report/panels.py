@@ -103,6 +103,7 @@ class Lines:
     x: tuple[str, ...]
     """Names of the places on the axis; empty when it is numeric."""
     series: tuple[Series, ...] = ()
+    log: bool = False
 
 
 @dataclass(frozen=True)
@@ -400,6 +401,7 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
         x_name=view.x.replace("_", " "),
         x=names,
         series=tuple(series),
+        log=view.log and not names,
     )
 
 

@@ -14,11 +14,13 @@ from mechinterp.report.files import (
     slug,
     whole_folder,
     write_figures,
+    write_picture,
     write_tables,
 )
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from matplotlib.figure import Figure
 
 MANIFEST = "manifest.json"
 REPORT = "report.html"
@@ -43,6 +45,7 @@ def write_study(
     summary: Sequence[str] = (),
     explanations: Mapping[str, str] | None = None,
     drawings: "Mapping[str, go.Figure] | None" = None,
+    pictures: "Mapping[str, Figure] | None" = None,
     files: Mapping[str, str] | None = None,
 ) -> Path:
     """Write ``tables/``, ``figures/``, ``results/``, ``report.html`` and ``manifest.json`` into `folder`.
@@ -56,6 +59,7 @@ def write_study(
         summary: findings, a sentence each.
         explanations: analyzer name → what it does; an empty line between paragraphs.
         drawings: heading → a figure of no result's view, for the page and, as a page of its own, ``figures/``.
+        pictures: heading → the same drawn by matplotlib, for ``figures/`` as PNG and SVG.
         files: name → text of further files beside the report.
     Returns:
         The path of the report.
@@ -73,6 +77,8 @@ def write_study(
         for name, drawing in (drawings or {}).items():
             alone = drawing_page(f"{name}: {title}", drawing)
             (scratch / "figures" / f"{slug(name)}.html").write_text(alone, encoding="utf-8")
+        for name, picture in (pictures or {}).items():
+            write_picture(picture, scratch / "figures" / slug(name))
         for name, text in (files or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")
         html = page(

@@ -6,10 +6,10 @@ from mechinterp.studies.circuits import Circuit as Circuit
 from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
 from mechinterp.studies.dialogue import Dialogue as Dialogue
 from mechinterp.studies.discover import discover as discover
-from mechinterp.studies.faithfulness import completeness as completeness
-from mechinterp.studies.faithfulness import faithfulness as faithfulness
-from mechinterp.studies.faithfulness import faithfulness_curve as faithfulness_curve
-from mechinterp.studies.faithfulness import minimality as minimality
+from mechinterp.studies.evaluation import completeness as completeness
+from mechinterp.studies.evaluation import faithfulness as faithfulness
+from mechinterp.studies.evaluation import faithfulness_curve as faithfulness_curve
+from mechinterp.studies.evaluation import minimality as minimality
 from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 

@@ -13,6 +13,9 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import plotly.graph_objects as go
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch
 
 from mechinterp.core.graph import Graph, Ints
 from mechinterp.errors import NeedsError, OutputError
@@ -23,6 +26,7 @@ from mechinterp.studies.circuits import SIZES, Circuit, Floats, Mask
 Link = tuple[int, str, str, str]
 
 POSITIVE, NEGATIVE, UNSCORED = PALETTE[0], PALETTE[1], "#999999"
+SIGNS = ((POSITIVE, "positive"), (NEGATIVE, "negative"), (UNSCORED, "without score"))
 DASH = {"k": "9px,5px", "v": "2px,4px"}
 PORT = {"q": 6.0, "k": 0.0, "v": -6.0}
 """Where an edge enters a head: queries above, values below."""
@@ -40,11 +44,7 @@ FORMAT = "mechinterp-circuit-1"
 
 def circuit_figure(circuit: Circuit, max_edges: int = 60) -> go.Figure:
     """Layers from left to right; the strongest edges on top."""
-    if max_edges < 1:
-        raise NeedsError(f"The max_edges of Circuit.figure must be at least 1. Got {max_edges}")
-    links = circuit.links()
-    drawn = [*dict.fromkeys(edge for edge, *_ in links)][:max_edges]
-    links = [link for link in links if link[0] in {*drawn}]
+    drawn, links = _strongest(circuit, max_edges)
     place = _Layout(links)
     figure = go.Figure()
     most = float(np.nanmax(np.abs(circuit.scores[drawn]), initial=0))
@@ -54,9 +54,7 @@ def circuit_figure(circuit: Circuit, max_edges: int = 60) -> go.Figure:
         _node(figure, name, float(place.x[i]), float(place.y[i]), place.wide)
     _columns(figure, place)
     _legend(figure, circuit, drawn, place)
-    caption = f"{circuit.caption}. "
-    caption += f"Drawn: the strongest {max_edges:,} of {len(circuit):,} edges. " if len(circuit) > max_edges else ""
-    caption += f"Edges lead to the right, as wide as their scores (up to {most:.3g})." if drawn else "Nothing to draw."
+    caption = _caption(circuit, drawn, most)
     width = max(640, int(place.width) + 40)
     lines = [html.escape(line, quote=False) for line in textwrap.wrap(caption, width // 7)]
     top = 62 + 16 * len(lines)
@@ -75,6 +73,61 @@ def circuit_figure(circuit: Circuit, max_edges: int = 60) -> go.Figure:
         },
     )  # fmt: skip
     return figure
+
+
+def circuit_picture(circuit: Circuit, max_edges: int = 60) -> Figure:
+    """The same, drawn by matplotlib, which needs no browser."""
+    drawn, links = _strongest(circuit, max_edges)
+    place, most = _Layout(links), float(np.nanmax(np.abs(circuit.scores[drawn]), initial=0))
+    lines = textwrap.wrap(_caption(circuit, drawn, most), int(place.width // 6))
+    width, top, bottom = place.width + 40, 44 + 15 * len(lines), 70
+    height = place.height + top + bottom
+    figure = Figure(figsize=(width / 96, height / 96), dpi=192)
+    axes = figure.add_axes((20 / width, bottom / height, place.width / width, place.height / height))
+    axes.set(xlim=(0, place.width), ylim=(0, place.height))
+    axes.axis("off")
+    for i in reversed(range(len(links))):
+        score = float(circuit.scores[links[i][0]])
+        strength = abs(score) / most if most and score == score else 0.0
+        style = {"k": (0, (6, 3)), "v": (0, (1, 2))}.get(kind_of(links[i][2]), "-")
+        axes.plot(
+            *place.path(i), color=_color(score), alpha=0.65 + 0.3 * strength, linestyle=style,
+            linewidth=0.75 * (THINNEST + (WIDEST - THINNEST) * strength), solid_capstyle="butt",
+        )  # fmt: skip
+    for name, x, y in zip(place.names, place.x, place.y, strict=True):
+        fill, border = LOOKS[_kind(name)]
+        shape = "round,pad=0,rounding_size=9" if "." in name else "square,pad=0"
+        box = FancyBboxPatch((x - place.wide / 2, y - TALL / 2), place.wide, TALL, boxstyle=shape)
+        box.set(facecolor=fill, edgecolor=border, linewidth=0.9, zorder=3)
+        axes.add_patch(box)
+        axes.text(x, y, name, fontsize=7.5, ha="center", va="center_baseline", zorder=4)
+    for layer, xs in _spans(place).items():
+        axes.text((min(xs) + max(xs)) / 2, -12, str(layer), fontsize=7.5, color="#666", ha="center", va="top")
+    figure.text(20 / width, 1 - 12 / height, circuit.title, fontsize=11, fontweight="bold", va="top")
+    figure.text(20 / width, 1 - 36 / height, "\n".join(lines), fontsize=8.5, color="#666", va="top")
+    signs = {_color(float(score)) for score in circuit.scores[drawn]}
+    known = [(color, "-", name) for color, name in SIGNS if color in signs]
+    known += [("#555555", {"k": "--", "v": ":"}.get(kind, "-"), name) for kind, name in _into(circuit, drawn)]
+    handles = [Line2D([], [], color=color, linestyle=style, linewidth=1.8) for color, style, _ in known]
+    if handles:
+        names = [name for *_, name in known]
+        figure.legend(handles, names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)
+    return figure
+
+
+def _strongest(circuit: Circuit, max_edges: int) -> tuple[list[int], list[Link]]:
+    """The edges that are drawn, and where they lead."""
+    if max_edges < 1:
+        raise NeedsError(f"The max_edges of Circuit.figure must be at least 1. Got {max_edges}")
+    links = circuit.links()
+    drawn = [*dict.fromkeys(edge for edge, *_ in links)][:max_edges]
+    return drawn, [link for link in links if link[0] in {*drawn}]
+
+
+def _caption(circuit: Circuit, drawn: Sequence[int], most: float) -> str:
+    few = f"Drawn: the strongest {len(drawn):,} of {len(circuit):,} edges. " if len(circuit) > len(drawn) else ""
+    how = f"Edges lead to the right, as wide as their scores (up to {most:.3g})." if drawn else "Nothing to draw."
+    return f"{circuit.caption}. {few}{how}"
 
 
 def kind_of(receiver: str) -> str:
@@ -250,10 +303,7 @@ def _node(figure: go.Figure, name: str, x: float, y: float, wide: float) -> None
 
 def _columns(figure: go.Figure, place: _Layout) -> None:
     """A pale band for each layer, and its name below."""
-    spans: dict[int, list[float]] = {}
-    for name, x in zip(place.names, place.x.tolist(), strict=True):
-        if name not in ("embed", "logits"):
-            spans.setdefault(_layer(name), []).append(x)
+    spans = _spans(place)
     middles = [(min(xs) + max(xs)) / 2 for xs in spans.values()]
     margin = min(place.wide / 2 + 5, place.gap / 2 - 2)
     for xs in spans.values():
@@ -279,15 +329,30 @@ def _legend(figure: go.Figure, circuit: Circuit, drawn: Sequence[int], place: _L
             marker = {"symbol": symbol, "size": 12, "color": fill, "line": {"color": border, "width": 1.2}}
             figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=kind)
     colors = {_color(float(score)) for score in circuit.scores[drawn]}
-    for color, name in ((POSITIVE, "positive"), (NEGATIVE, "negative"), (UNSCORED, "without score")):
+    for color, name in SIGNS:
         if color in colors:
             line = {"color": color, "width": 3}
             figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
+    for kind, name in _into(circuit, drawn):
+        line = {"color": "#555555", "width": 2, "dash": DASH.get(kind, "solid")}
+        figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
+
+
+def _spans(place: _Layout) -> dict[int, list[float]]:
+    """Where the columns of each layer are."""
+    spans: dict[int, list[float]] = {}
+    for name, x in zip(place.names, place.x.tolist(), strict=True):
+        if name not in ("embed", "logits"):
+            spans.setdefault(_layer(name), []).append(x)
+    return spans
+
+
+def _into(circuit: Circuit, drawn: Sequence[int]) -> list[tuple[str, str]]:
+    """(kind, what the line says) of receivers that there are; those of solid lines are one."""
     kinds = {kind_of(circuit.graph.receivers[r]) for r in circuit.graph.ends[1][drawn]}
-    for kind, name in (("q", "into queries"), ("k", "into keys"), ("v", "into values")):
-        if kind in kinds:
-            line = {"color": "#555555", "width": 2, "dash": DASH.get(kind, "solid")}
-            figure.add_scatter(x=[None], y=[None], mode="lines", line=line, name=name)
+    solid = [name for kind, name in (("q", "queries"), ("mlp", "MLPs"), ("logits", "logits")) if kind in kinds]
+    out = [("q", f"into {', '.join(solid)}")] if solid else []
+    return out + [(kind, name) for kind, name in (("k", "into keys"), ("v", "into values")) if kind in kinds]
 
 
 def as_networkx(circuit: Circuit) -> nx.MultiDiGraph:

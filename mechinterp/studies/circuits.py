@@ -203,10 +203,9 @@ class Circuit:
         return self._tested("minimality", model, examples, metric, options)
 
     def _tested(self, how: str, model: Model, examples: Any, metric: Metric | None, options: Meta) -> Result:
-        from importlib import import_module
+        from mechinterp.studies import evaluation
 
-        tests: Any = import_module("mechinterp.studies.faithfulness")  # the package has a function of that name
-        return getattr(tests, how)(self, model, examples, metric, **options)
+        return getattr(evaluation, how)(self, model, examples, metric, **options)
 
     @property
     def unstable(self) -> bool:
@@ -276,12 +275,7 @@ class Circuit:
     @property
     def caption(self) -> str:
         """What the circuit is, in words."""
-        said = [f"{count(len(self), 'edge')} of {len(self.graph):,} between {count(len(self.nodes), 'node')}"]
-        said += [f"{name} {self.meta[name]}" for name in ("analyzer", "method", "metric") if name in self.meta]
-        said += [count(self.meta["examples"], "example")] if isinstance(self.meta.get("examples"), Integral) else []
-        if self.unstable:
-            said.append(f"unstable: resampled circuits overlap by {self.meta['stability']:.2f}, less than {STABLE}")
-        return "; ".join(said)
+        return _caption(self)
 
     @property
     def title(self) -> str:
@@ -420,6 +414,17 @@ def _sums(circuit: Circuit) -> list[tuple[str, float, float]]:
     for edge, _, _, node in circuit.links():
         sums[node][1] += float(size[edge])
     return [(node, sent, received) for node, (sent, received) in sums.items()]
+
+
+def _caption(circuit: Circuit) -> str:
+    said = [f"{count(len(circuit), 'edge')} of {len(circuit.graph):,} between {count(len(circuit.nodes), 'node')}"]
+    said += [f"{name} {circuit.meta[name]}" for name in ("analyzer", "method", "metric") if name in circuit.meta]
+    kind = str(circuit.meta.get("circuit_type", "mixed"))
+    said += [f"of type {kind.replace('_', ' ')}"] if kind != "mixed" else []
+    said += [count(circuit.meta["examples"], "example")] if isinstance(circuit.meta.get("examples"), Integral) else []
+    if circuit.unstable:
+        said.append(f"unstable: resampled circuits overlap by {circuit.meta['stability']:.2f}, less than {STABLE}")
+    return "; ".join(said)
 
 
 def _overlap(a: Circuit, b: Circuit) -> dict[str, float]:

@@ -1,9 +1,8 @@
 """Circuit discovery: score edges, choose as few as do what the model does."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,14 +15,17 @@ from mechinterp.core.metrics import KL, Metric, logit_diff
 from mechinterp.core.tokens import Tokens
 from mechinterp.engine.edges import EdgeRuns, examples_at_once, graph_of, run_circuits
 from mechinterp.engine.plan import Plan, PlannedPass
-from mechinterp.engine.runner import Progress, provenance, run
+from mechinterp.engine.runner import Progress, provenance, run, shown
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.model import Model, as_examples
 from mechinterp.studies.circuits import Circuit, drawn_anew
-from mechinterp.studies.faithfulness import shares
+from mechinterp.studies.evaluation import shares
 
 Method = Literal["eap", "eap-ig", "eap-ig-activations", "acdc", "activation-patching", "exact"]
 Kind = Literal["mixed", "attention_only", "mlp_only"]
+
+HELD = 4
+"""Batches that ACDC keeps in memory."""
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.floating]
@@ -82,29 +84,30 @@ def discover(
     chosen = metric or logit_diff()
     graph, tokens = Graph.of(model, ungrouped), model.tokenize(as_examples(pairs))
     graph_of(model, graph)
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    scores, drawn = _scores(model, pairs, graph, method, chosen, steps, resamples, options)
-    if not np.isfinite(scores).all():
-        raise NeedsError(
-            f"{int((~np.isfinite(scores)).sum())} of {len(scores):,} edges have a score that is not finite; load the"
-            " model in float32, or leave out the examples that overflow"
-        )
-    meta = provenance(model) | {"method": method, "metric": repr(chosen), "examples": len(tokens), "seed": seed}
-    found: dict[str, Circuit] = {}
-    for kind in circuit_types:
-        allowed = _allowed(graph, kind)
-        whole = Circuit(graph, np.where(allowed, scores, np.nan), meta=meta | {"circuit_type": kind})
-        if method == "acdc":
-            found[kind] = _acdc(model, tokens, whole, candidates, threshold, batch_size, progress)
-        elif size is not None:
-            beyond = isinstance(size, int) and int(allowed.sum()) < size <= len(graph)
-            found[kind] = whole.top(int(allowed.sum()) if beyond else size)
-        else:
-            found[kind] = _fewest(model, tokens, whole, chosen, faithful, batch_size)
-        if drawn is not None and len(found[kind]):
-            stability = found[kind].stability(np.where(allowed, drawn, np.nan))
-            found[kind] = replace(found[kind], meta={**found[kind].meta, **stability})
-        found[kind] = _judged(model, tokens, found[kind].prune(), chosen, batch_size)
+    with shown(progress) as told:
+        options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": told or False}
+        scores, drawn = _scores(model, pairs, graph, method, chosen, steps, resamples, options)
+        if not np.isfinite(scores).all():
+            raise NeedsError(
+                f"{int((~np.isfinite(scores)).sum())} of {len(scores):,} edges have a score that is not finite; load"
+                " the model in float32, or leave out the examples that overflow"
+            )
+        meta = provenance(model) | {"method": method, "metric": repr(chosen), "examples": len(tokens), "seed": seed}
+        found: dict[str, Circuit] = {}
+        for kind in circuit_types:
+            allowed = _allowed(graph, kind)
+            whole = Circuit(graph, np.where(allowed, scores, np.nan), meta=meta | {"circuit_type": kind})
+            if method == "acdc":
+                found[kind] = _acdc(model, tokens, whole, candidates, threshold, batch_size, told)
+            elif size is not None:
+                beyond = isinstance(size, int) and int(allowed.sum()) < size <= len(graph)
+                found[kind] = whole.top(int(allowed.sum()) if beyond else size)
+            else:
+                found[kind] = _fewest(model, tokens, whole, chosen, faithful, batch_size, told)
+            if drawn is not None and len(found[kind]):
+                stability = found[kind].stability(np.where(allowed, drawn, np.nan))
+                found[kind] = replace(found[kind], meta={**found[kind].meta, **stability})
+            found[kind] = _judged(model, tokens, found[kind].prune(), chosen, batch_size, told)
     return found
 
 
@@ -180,7 +183,13 @@ def _allowed(graph: Graph, kind: Kind) -> Mask:
 
 
 def _fewest(
-    model: Model, tokens: Tokens, whole: Circuit, metric: Metric, faithful: float, batch_size: int | None
+    model: Model,
+    tokens: Tokens,
+    whole: Circuit,
+    metric: Metric,
+    faithful: float,
+    batch_size: int | None,
+    told: Progress | None,
 ) -> Circuit:
     """The smallest of growing circuits that is faithful enough; all edges, with a warning, where none is."""
     scored = int(np.isfinite(whole.scores).sum())
@@ -190,7 +199,7 @@ def _fewest(
     sizes = [n for n in sizes if n >= min(4, scored)]
     for begin in range(0, len(sizes), 4):  # most circuits are small
         some = [whole.top(n) for n in sizes[begin : begin + 4]]
-        for circuit, share in zip(some, _faithfulness(model, tokens, some, metric, batch_size), strict=True):
+        for circuit, share in zip(some, _faithfulness(model, tokens, some, metric, batch_size, told), strict=True):
             if share >= faithful:
                 return circuit
     warnings.warn(
@@ -201,12 +210,19 @@ def _fewest(
 
 
 def _faithfulness(
-    model: Model, tokens: Tokens, circuits: Sequence[Circuit], metric: Metric, batch_size: int | None
+    model: Model,
+    tokens: Tokens,
+    circuits: Sequence[Circuit],
+    metric: Metric,
+    batch_size: int | None,
+    told: Progress | None,
 ) -> Floats:
     kept = np.stack([circuit.kept for circuit in circuits])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is an error here
-        found = shares(run_circuits(model, tokens, circuits[0].graph, kept, metric, batch_size=batch_size))
+        found = shares(
+            run_circuits(model, tokens, circuits[0].graph, kept, metric, batch_size=batch_size, progress=told)
+        )
     if np.isnan(found).any():
         raise ExamplesError(
             "the corrupted prompts leave the metric as it is, so there is no circuit to find; give pairs whose"
@@ -215,30 +231,35 @@ def _faithfulness(
     return found
 
 
-def _judged(model: Model, tokens: Tokens, circuit: Circuit, metric: Metric, batch_size: int | None) -> Circuit:
-    share = float(_faithfulness(model, tokens, [circuit], metric, batch_size)[0])
+def _judged(
+    model: Model, tokens: Tokens, circuit: Circuit, metric: Metric, batch_size: int | None, told: Progress | None
+) -> Circuit:
+    share = float(_faithfulness(model, tokens, [circuit], metric, batch_size, told)[0])
     return replace(circuit, meta={**circuit.meta, "faithfulness": share})
 
 
-@dataclass
 class _Divergence:
-    """KL of circuits from the model's own prediction, mean over all examples; batches stay in memory."""
+    """KL of circuits from the model's own prediction, mean over all examples.
 
-    runs: list[EdgeRuns]
-    examples: int
+    The first `HELD` batches stay in memory; the others are made anew each time, so that many examples take long
+    rather than much memory.
+    """
 
-    @classmethod
-    def of(cls, model: Model, tokens: Tokens, graph: Graph, batch_size: int | None) -> "_Divergence":
-        size = batch_size or examples_at_once(model, tokens, graph)
-        batches = [tokens.batch(rows, model.device) for rows in tokens.batches(size)]
-        return cls([EdgeRuns(model, batch, graph, KL()) for batch in batches], len(tokens))
+    def __init__(self, model: Model, tokens: Tokens, start: Circuit, batch_size: int | None) -> None:
+        self.model, self.tokens, self.start = model, tokens, start
+        self.batches = tokens.batches(batch_size or examples_at_once(model, tokens, start.graph))
+        self.held = [self._runs(rows) for rows in self.batches[:HELD]]
+
+    def _runs(self, rows: Sequence[int]) -> EdgeRuns:
+        runs = EdgeRuns(self.model, self.tokens.batch(rows, self.model.device), self.start.graph, KL())
+        runs.begin_from(self.start.kept)  # what is dropped later changes later layers only
+        return runs
 
     def __call__(self, kept: Mask) -> float:
-        return sum(float(one.run(kept[None]).sum()) for one in self.runs) / self.examples
-
-    def begin_from(self, kept: Mask) -> None:
-        for one in self.runs:
-            one.begin_from(kept)
+        total = sum(float(one.run(kept[None]).sum()) for one in self.held)
+        for rows in self.batches[HELD:]:
+            total += float(self._runs(rows).run(kept[None]).sum())
+        return total / len(self.tokens)
 
 
 def _acdc(
@@ -248,35 +269,28 @@ def _acdc(
     candidates: int,
     threshold: float,
     batch_size: int | None,
-    progress: Progress | bool,
+    told: Progress | None,
 ) -> Circuit:
     """Drop edges from the logits back, one at a time, where the divergence hardly rises."""
     graph = whole.graph
     begun = whole.top(min(candidates, int(np.isfinite(whole.scores).sum()))).prune()
     kept, (sender, receiver) = begun.kept.copy(), graph.ends
-    divergence = _Divergence.of(model, tokens, graph, batch_size)
-    divergence.begin_from(kept)  # what is dropped later changes later layers only
+    divergence = _Divergence(model, tokens, begun, batch_size)
     now = divergence(kept)
     edges = sorted(np.flatnonzero(kept).tolist(), key=lambda e: (-receiver[e], -sender[e]))
-    with ExitStack() as stack:
-        if progress is True:
-            from mechinterp.engine.progress import Bar
-
-            progress = stack.enter_context(Bar())
-        tell: Callable[[], None] = lambda: None  # noqa: E731
-        if progress:
-            rows, n = len(edges), graph.n_layers
-            cost = rows * sum(tokens.lengths) * n
-            line = PlannedPass("sweep", "ACDC", (), len(tokens), len(divergence.runs), n, 0, rows, cost, 0)
-            progress.begin(Plan((line,)), 1)
-            tell = lambda: progress.advance("sweep_rows", 1)  # noqa: E731
-        for edge in edges:
-            kept[edge] = False
-            without = divergence(kept)
-            if without - now < threshold:
-                now = without
-            else:
-                kept[edge] = True
-            tell()
+    if told is not None:
+        rows, n = len(edges), graph.n_layers
+        cost = rows * sum(tokens.lengths) * n
+        line = PlannedPass("sweep", "ACDC", (), len(tokens), len(divergence.batches), n, 0, rows, cost, 0)
+        told.begin(Plan((line,)), 1)
+    for edge in edges:
+        kept[edge] = False
+        without = divergence(kept)
+        if without - now < threshold:
+            now = without
+        else:
+            kept[edge] = True
+        if told is not None:
+            told.advance("sweep_rows", 1)
     meta = {**whole.meta, "threshold": threshold, "tried": len(edges), "kl": now}
     return Circuit(graph, whole.scores, kept, meta)

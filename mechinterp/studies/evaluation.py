@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mechinterp.core.metrics import Metric, logit_diff
 from mechinterp.core.result import Result, View
 from mechinterp.core.statistics import fdr, summarize
 from mechinterp.engine.edges import CircuitScores, CutTo, Kept, run_circuits
-from mechinterp.engine.runner import Progress, provenance
+from mechinterp.engine.runner import Progress, provenance, shown
 from mechinterp.errors import NeedsError
 from mechinterp.model.model import Model, as_examples
 from mechinterp.studies.circuits import Circuit
@@ -60,7 +59,7 @@ def faithfulness(
     columns = {"faithfulness": share[0], "ci_low": low[0], "ci_high": high[0]}
     each = {"circuit": scores.values[0], "full": scores.full, "empty": scores.empty}
     data = xr.Dataset({**columns, **{name: ("example", value) for name, value in each.items()}})
-    return Result(data, _meta(circuit, model, metric, cut_to, seed))
+    return Result(data, _meta("Faithfulness", circuit, model, metric, cut_to, seed))
 
 
 def faithfulness_curve(
@@ -112,8 +111,9 @@ def faithfulness_curve(
         columns |= {f"{name}_ci_low": ("ranking", bounds[0]), f"{name}_ci_high": ("ranking", bounds[1])}
     data = xr.Dataset(columns, {"ranking": list(rankings), "fraction": sizes})
     title = "Faithfulness of the best edges"
-    view = View("lines", "faithfulness", "fraction", by="ranking", title=title, unit="(m(C) - m(∅)) / (m(full) - m(∅))")
-    return Result(data, _meta(circuit, model, metric, cut_to, seed), (view,))
+    unit = "(m(C) - m(∅)) / (m(full) - m(∅))"
+    view = View("lines", "faithfulness", "fraction", by="ranking", title=title, unit=unit, log=True)
+    return Result(data, _meta("FaithfulnessCurve", circuit, model, metric, cut_to, seed), (view,))
 
 
 def completeness(
@@ -158,7 +158,7 @@ def completeness(
     names = np.array([" ".join(removed) for removed in chosen])
     data = xr.Dataset({**{n: ("subset", v) for n, v in columns.items()}, "removed": ("subset", names)})
     data = data.assign_coords(subset=np.arange(subsets)).assign(incompleteness=float(np.abs(found.mean).mean()))
-    return Result(data, _meta(circuit, model, metric, cut_to, seed))
+    return Result(data, _meta("Completeness", circuit, model, metric, cut_to, seed))
 
 
 def minimality(
@@ -198,7 +198,7 @@ def minimality(
     names = [f"{u} → {v}" for u, v in zip(senders, receivers, strict=True)]
     coords = {"edge": names, "sender": ("edge", senders), "receiver": ("edge", receivers)}
     view = View("bars", "loss", "edge", title="What single edges add to the circuit", unit="faithfulness")
-    return Result(xr.Dataset(columns, coords), _meta(circuit, model, metric, cut_to, seed), (view,))
+    return Result(xr.Dataset(columns, coords), _meta("Minimality", circuit, model, metric, cut_to, seed), (view,))
 
 
 def _run(
@@ -214,11 +214,7 @@ def _run(
 ) -> CircuitScores:
     if cut_to not in ("corrupted", "mean", "zero"):
         raise NeedsError(f"The cut_to of a circuit must be 'corrupted', 'mean' or 'zero'. Got {cut_to!r}")
-    with ExitStack() as stack:
-        if progress is True:
-            from mechinterp.engine.progress import Bar
-
-            progress = stack.enter_context(Bar())
+    with shown(progress) as told:
         return run_circuits(
             model,
             model.tokenize(as_examples(examples)),
@@ -228,7 +224,7 @@ def _run(
             cut_to=cut_to,
             start=start,
             batch_size=batch_size,
-            progress=progress or None,
+            progress=told,
         )
 
 
@@ -279,8 +275,8 @@ def _touching(circuit: Circuit, nodes: Sequence[str]) -> npt.NDArray[np.bool_]:
     return np.array([s in gone for s in graph.senders])[sender] | into[receiver]
 
 
-def _meta(circuit: Circuit, model: Model, metric: Metric | None, cut_to: CutTo, seed: int) -> dict[str, Any]:
-    found = {"analyzer": "Circuit", "options": {"metric": repr(metric or logit_diff()), "cut_to": repr(cut_to)}}
+def _meta(name: str, circuit: Circuit, model: Model, metric: Metric | None, cut_to: CutTo, seed: int) -> dict[str, Any]:
+    found = {"analyzer": name, "options": {"metric": repr(metric or logit_diff()), "cut_to": repr(cut_to)}}
     return provenance(model) | found | {"seed": seed, "edges": len(circuit)}
 
 
