@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 import mechinterp as mi
 from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.studies import AttentionBetweenSpeakers, Dialogue, compare_attention, compare_models
-from mechinterp.studies.attention import _contrast
+from mechinterp.studies.comparing import _contrast
 from mechinterp.testing import check_analyzer, tiny
 
 CLEAN, OTHER = "Mary and John had a book, and John", "Mary and John had a book, and Mary"

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 import mechinterp as mi
-from mechinterp.cli.attention import compare_attention, compare_models_attention, visualize_attention
 from mechinterp.cli.causal import patch, trace
 from mechinterp.cli.circuit import circuit
+from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
 from mechinterp.cli.study import (
     Adapter,
     Debug,

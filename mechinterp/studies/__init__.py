@@ -1,8 +1,8 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
-from mechinterp.studies.attention import compare_attention as compare_attention
-from mechinterp.studies.attention import compare_models as compare_models
 from mechinterp.studies.circuits import Circuit as Circuit
+from mechinterp.studies.comparing import compare_attention as compare_attention
+from mechinterp.studies.comparing import compare_models as compare_models
 from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
 from mechinterp.studies.dialogue import Dialogue as Dialogue
 from mechinterp.studies.discover import discover as discover
