@@ -25,6 +25,7 @@ TABLE = {
         "accuracy": "accuracy:Accuracy",
         "activation-patching": "patching:ActivationPatching",
         "activation-stats": "stats:ActivationStats",
+        "attention-by-category": "categories:AttentionByCategory",
         "attribution-patching": "attribution:AttributionPatching",
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
