@@ -14,7 +14,7 @@ from torch import Tensor
 from mechinterp import sites
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs
 from mechinterp.core.result import Part, Result, View
-from mechinterp.core.statistics import compare_groups, fdr, summarize
+from mechinterp.core.statistics import compare_groups, fdr, largest_p, summarize
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Reduce
 from mechinterp.errors import ExamplesError
@@ -177,7 +177,8 @@ def category_statistics(
     share over mean expected share), ``above`` (mean of share - expected), ``p`` (sign flips of that) and ``q``
     (over all of it), and ``specialised``: `floor` or more above, and q < .05. With two groups, by ``layer head
     category``: ``difference`` of their means, Cohen's ``d``, each with interval, and ``difference_p`` and
-    ``difference_q`` of a permutation test, ``significant`` where q < .05. By ``group layer category``:
+    ``difference_q`` of a permutation test, ``significant`` where q < .05; and by ``category``, ``category_p`` and
+    ``category_q`` of the test whether the groups differ anywhere in it (`largest_p`). By ``group layer category``:
     ``layer_share``, the mean over heads of each example's share, with interval. By ``group layer head``: mean
     ``sink`` and ``entropy``. By ``group category``: ``examples`` that see the category, and ``matches``, how
     often its terms occur. The meta holds the groups' sizes, and ``notes``: all that was left out, or cannot be
@@ -231,6 +232,8 @@ def category_statistics(
             "significant": compared.q < 0.05,
         }
         variables |= {name: (("layer", "head", "category"), value) for name, value in found.items()}
+        whole = largest_p(*(share[row] for row in rows.values()), seed=seed)
+        variables |= {"category_p": (("category",), whole), "category_q": (("category",), fdr(whole))}
         if not compared.reachable:
             sizes = " and ".join(str(len(row)) for row in rows.values())
             notes.append(
