@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,6 @@ from mechinterp.core.trace import Read, Reduce
 from mechinterp.errors import ExamplesError
 from mechinterp.shapes import PatternBlock
 from mechinterp.sites import Position
-
-Array = npt.NDArray[np.floating]
 
 ALL = "all examples"
 """The group of examples without labels."""
@@ -180,9 +179,9 @@ def category_statistics(
     ``difference_q`` of a permutation test, ``significant`` where q < .05; and by ``category``, ``category_p`` and
     ``category_q`` of the test whether the groups differ anywhere in it (`largest_p`). By ``group layer category``:
     ``layer_share``, the mean over heads of each example's share, with interval. By ``group layer head``: mean
-    ``sink`` and ``entropy``. By ``group category``: ``examples`` that see the category, and ``matches``, how
-    often its terms occur. The meta holds the groups' sizes, and ``notes``: all that was left out, or cannot be
-    found with so few examples.
+    ``sink`` and ``entropy``. By ``group category``: ``examples`` that see the category, ``matches``, how often
+    its terms occur, and ``specialised_heads``, how many there are. The meta holds the groups' sizes, and
+    ``notes``: all that was left out, or cannot be found with so few examples.
 
     Args:
         groups: two labels, whose difference is taken, first less second. None for all labels in order; the
@@ -193,56 +192,71 @@ def category_statistics(
     """
     data = (each.data if isinstance(each, Result) else each).transpose("example", "layer", "head", "category", ...)
     rows, notes = _groups(data, groups)
-    share, expected = data["share"].values.astype(float), data["expected"].values.astype(float)[:, :, None]
-    names = list(rows)
-    stacked: dict[str, list[Array]] = {}
-
-    def add(**values: Array) -> None:
-        for name, value in values.items():
-            stacked.setdefault(name, []).append(value)
-
-    for row in rows.values():
-        here, above = summarize(share[row], seed), summarize(share[row] - expected[row], seed)
-        layered = summarize(share[row].mean(2), seed)
-        with np.errstate(invalid="ignore"):
-            ratio = here.mean / (here.mean - above.mean)
-        add(share=here.mean, ci_low=here.ci_low, ci_high=here.ci_high, ratio=ratio, above=above.mean, p=above.p)
-        add(layer_share=layered.mean, layer_share_ci_low=layered.ci_low, layer_share_ci_high=layered.ci_high)
-        add(sink=data["sink"].values[row].mean(0), entropy=data["entropy"].values[row].mean(0))
-        seen = np.isfinite(share[row]).any((1, 2))
-        add(examples=seen.sum(0), matches=data["matches"].values[row].sum(0))
-    arrays = {name: np.stack(values) for name, values in stacked.items()}
-    arrays["q"] = fdr(arrays["p"])
-    arrays["specialised"] = (arrays["above"] >= floor) & (arrays["q"] < 0.05)
-    by = {4: ("group", "layer", "head", "category"), 2: ("group", "category")}
-    by_name = {"sink": ("group", "layer", "head"), "entropy": ("group", "layer", "head")}
-    by_name |= {name: ("group", "layer", "category") for name in arrays if name.startswith("layer_share")}
-    variables = {name: (by_name.get(name, by.get(value.ndim)), value) for name, value in arrays.items()}
-    if len(names) == 2:
-        compared = compare_groups(*(share[row] for row in rows.values()), seed=seed)
-        found = {
-            "difference": compared.difference,
-            "difference_ci_low": compared.ci_low,
-            "difference_ci_high": compared.ci_high,
-            "d": compared.d,
-            "d_ci_low": compared.d_ci_low,
-            "d_ci_high": compared.d_ci_high,
-            "difference_p": compared.p,
-            "difference_q": compared.q,
-            "significant": compared.q < 0.05,
-        }
-        variables |= {name: (("layer", "head", "category"), value) for name, value in found.items()}
-        whole = largest_p(*(share[row] for row in rows.values()), seed=seed)
-        variables |= {"category_p": (("category",), whole), "category_q": (("category",), fdr(whole))}
-        if not compared.reachable:
-            sizes = " and ".join(str(len(row)) for row in rows.values())
-            notes.append(
-                f"groups of {sizes} examples have too few splits for one cell of {compared.p.size} to reach q < .05"
-            )
-            warnings.warn(f"{notes[-1]}; give more examples, or fewer categories", stacklevel=2)
-    coords = {"group": names, **{axis: data[axis].values for axis in ("layer", "head", "category")}}
+    found = [_of_group(data.isel(example=row), seed) for row in rows.values()]
+    variables: dict[str, Any] = {
+        name: (("group", *axes), np.stack([one[name][1] for one in found])) for name, (axes, _) in found[0].items()
+    }
+    by_cell, by_category = ("group", "layer", "head", "category"), ("group", "category")
+    q = fdr(variables["p"][1])
+    special = (variables["above"][1] >= floor) & (q < 0.05)
+    variables |= {"q": (by_cell, q), "specialised": (by_cell, special)}
+    variables["specialised_heads"] = (by_category, special.sum((1, 2)))
+    if len(rows) == 2:
+        variables |= _compared(data, rows, notes, seed)
+    coords = {"group": list(rows), **{axis: data[axis].values for axis in ("layer", "head", "category")}}
     meta = {"floor": floor, "groups": {name: len(row) for name, row in rows.items()}, "notes": notes}
-    return Result(xr.Dataset(variables, coords, {"unit": "share of attention"}), meta, _views(names))
+    views = _views(list(rows), [str(name) for name in data["category"].values])
+    return Result(xr.Dataset(variables, coords, {"unit": "share of attention"}), meta, views)
+
+
+def _of_group(data: xr.Dataset, seed: int) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Axes and values of all that is said of one group."""
+    share, expected = data["share"].values.astype(float), data["expected"].values.astype(float)[:, :, None]
+    here, above, layered = (summarize(x, seed) for x in (share, share - expected, share.mean(2)))
+    with np.errstate(invalid="ignore"):
+        ratio = here.mean / (here.mean - above.mean)
+    cell, line = ("layer", "head", "category"), ("layer", "category")
+    return {
+        "share": (cell, here.mean),
+        "ci_low": (cell, here.ci_low),
+        "ci_high": (cell, here.ci_high),
+        "ratio": (cell, ratio),
+        "above": (cell, above.mean),
+        "p": (cell, above.p),
+        "layer_share": (line, layered.mean),
+        "layer_share_ci_low": (line, layered.ci_low),
+        "layer_share_ci_high": (line, layered.ci_high),
+        "sink": (("layer", "head"), data["sink"].values.mean(0)),
+        "entropy": (("layer", "head"), data["entropy"].values.mean(0)),
+        "examples": (("category",), np.isfinite(share).any((1, 2)).sum(0)),
+        "matches": (("category",), data["matches"].values.sum(0)),
+    }
+
+
+def _compared(
+    data: xr.Dataset, rows: dict[str, npt.NDArray[np.intp]], notes: list[str], seed: int
+) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """Axes and values of all that is said of the difference of two groups; `notes` gets what cannot be said."""
+    one, two = (data["share"].values[row].astype(float) for row in rows.values())
+    compared, whole = compare_groups(one, two, seed), largest_p(one, two, seed)
+    if not compared.reachable:
+        sizes, cells = " and ".join(str(len(row)) for row in rows.values()), compared.p.size
+        notes.append(f"groups of {sizes} examples have too few splits for one cell of {cells} to reach q < .05")
+        warnings.warn(f"{notes[-1]}; give more examples, or fewer categories", stacklevel=3)
+    found = {
+        "difference": compared.difference,
+        "difference_ci_low": compared.ci_low,
+        "difference_ci_high": compared.ci_high,
+        "d": compared.d,
+        "d_ci_low": compared.d_ci_low,
+        "d_ci_high": compared.d_ci_high,
+        "difference_p": compared.p,
+        "difference_q": compared.q,
+        "significant": compared.q < 0.05,
+    }
+    cell = ("layer", "head", "category")
+    out: dict[str, tuple[tuple[str, ...], Any]] = {name: (cell, value) for name, value in found.items()}
+    return out | {"category_p": (("category",), whole), "category_q": (("category",), fdr(whole))}
 
 
 def _groups(data: xr.Dataset, wanted: tuple[str, str] | None) -> tuple[dict[str, npt.NDArray[np.intp]], list[str]]:
@@ -268,22 +282,37 @@ def _groups(data: xr.Dataset, wanted: tuple[str, str] | None) -> tuple[dict[str,
     return {name: np.array([i for i, label in enumerate(labels) if label == name]) for name in names}, notes
 
 
-def _views(names: list[str]) -> tuple[View, ...]:
-    shares = tuple(
+def _views(groups: list[str], categories: list[str]) -> tuple[View, ...]:
+    """Shares of each group, their difference, categories beside each other, progression, and specialised heads."""
+    unit, of = "share of attention", {name: f", {name}" if len(groups) > 1 else "" for name in groups}
+    views = [
         View("heatmap", "share", "head", "layer", by="category", scale="shared", mark="specialised",
-             title=f"Attention by category, {name}", unit="share of attention", select={"group": name})
-        for name in names
-    )  # fmt: skip
-    difference = ()
-    if len(names) == 2:
-        title = f"Difference in attention, {names[0]} - {names[1]}"
-        difference = (
+             title=f"Attention by category{of[name]}", unit=unit, select={"group": name})
+        for name in groups
+    ]  # fmt: skip
+    if len(groups) == 2:
+        title = f"Difference in attention, {groups[0]} - {groups[1]}"
+        views.append(
             View("heatmap", "difference", "head", "layer", by="category", scale="shared", mark="significant",
-                 title=title, unit="share of attention", center=0.0),
+                 title=title, unit=unit, center=0.0)
         )  # fmt: skip
-    progression = tuple(
-        View("lines", "layer_share", "layer", by="category", title=f"Attention by layer, {name}",
-             unit="share of attention, mean over heads", select={"group": name})
-        for name in names
-    )  # fmt: skip
-    return shares + difference + progression
+    for name in groups:
+        views.append(
+            View("bars", "ratio", "category", title=f"Attention over what is expected{of[name]}",
+                 unit="ratio, mean over layers and heads", center=1.0, select={"group": name})
+        )  # fmt: skip
+    mean = f"{unit}, mean over heads"
+    if len(groups) == 1:
+        views.append(View("lines", "layer_share", "layer", by="category", title="Attention by layer", unit=mean))
+    else:
+        views += [
+            View("lines", "layer_share", "layer", by="group", title=f"Attention to {name} by layer", unit=mean,
+                 select={"category": name})
+            for name in categories
+        ]  # fmt: skip
+    for name in groups:
+        views.append(
+            View("bars", "specialised_heads", "category", title=f"Specialised heads by category{of[name]}",
+                 unit="heads", select={"group": name})
+        )  # fmt: skip
+    return tuple(views)
