@@ -165,12 +165,12 @@ def test_stored_and_joined_parts_give_the_same(llama: mi.Model, tmp_path: Path) 
 
 
 def test_a_planted_difference_is_found_and_named(smollm2: mi.Model) -> None:
-    examples = texts(40, labels=["b", "a"] * 20).categorize(PLACES)
+    examples = texts(40, labels=["b"] * 20 + ["a"] * 20).categorize(PLACES)
     each = mi.run(smollm2, examples, mi.AttentionByCategory(statistics=False)).data
     rng = np.random.default_rng(0)
     each["share"] = each["share"] * 0 + rng.normal(0.3, 0.02, each["share"].shape)
     each["expected"] = each["expected"] * 0 + 0.1
-    each["share"].loc[{"layer": 11, "head": 3, "category": "and", "example": each["label"] == "a"}] += 0.05
+    each["share"].loc[{"layer": 11, "head": 3, "category": "and", "example": each["label"] == "a"}] += 0.1
     result = category_statistics(each)
     assert result.meta["groups"] == {"a": 20, "b": 20}
     found = result.table("difference").query("significant")

@@ -77,10 +77,12 @@ class AttentionByCategory(Analyzer):
                 "these examples have no word categories; give them some: examples.categorize(vocabulary)"
             )
         found = batch.clean.stack("pattern").float()  # layer example head key
-        received = with_entropy(found) if self._one else found
         chosen = chosen_queries(self.queries, examples)
-        received = received / chosen.sum(1)[:, None, None]
-        attention, entropy = received[..., :-1], received[..., -1]
+        n = chosen.sum(1)[:, None, None]
+        if self._one:
+            attention, entropy = found, pattern_entropy(found)
+        else:
+            attention, entropy = found[..., :-1] / n, (found[..., -1:] / n)[..., 0]
         members = examples.members
         first = torch.arange(members.shape[2], device=members.device) == examples.starts[:, None]
         if not self.first_token:
@@ -121,15 +123,18 @@ class Received:
     queries: Position
 
     def __call__(self, block: PatternBlock, queries: slice, batch: TokenBatch) -> Tensor:
-        block = block.float()
+        keys = block.shape[-1]
+        block = block[..., : batch.offset + queries.stop].float()  # nobody attends to what comes later
         chosen = chosen_queries(self.queries, batch)[:, queries].to(block)
-        return (chosen[:, None, None] @ with_entropy(block))[:, :, 0]
+        received = (chosen[:, None, None] @ block)[:, :, 0]
+        entropy = (pattern_entropy(block) * chosen[:, None]).sum(2, keepdim=True)
+        return torch.cat([torch.nn.functional.pad(received, (0, keys - received.shape[-1])), entropy], 2)
 
 
-def with_entropy(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows columns"]:
-    """Patterns with their entropy in nats as one last column."""
-    entropy = -(pattern * pattern.clamp_min(torch.finfo(pattern.dtype).tiny).log()).sum(-1, keepdim=True)
-    return torch.cat([pattern, entropy], -1)
+def pattern_entropy(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
+    """Of each query, in nats."""
+    logs = pattern.clamp_min(torch.finfo(pattern.dtype).tiny).log_()
+    return -logs.mul_(pattern).sum(-1)
 
 
 def chosen_queries(queries: Position, batch: TokenBatch) -> Bool[Tensor, "example pos"]:
@@ -205,8 +210,8 @@ def category_statistics(
         variables |= _compared(data, rows, notes, seed)
     coords = {"group": list(rows), **{axis: data[axis].values for axis in ("layer", "head", "category")}}
     meta = {"floor": floor, "groups": {name: len(row) for name, row in rows.items()}, "notes": notes}
-    views = _views(list(rows), [str(name) for name in data["category"].values])
-    return Result(xr.Dataset(variables, coords, {"unit": "share of attention"}), meta, views)
+    dataset = xr.Dataset(variables, coords, {"unit": "share of attention"})
+    return Result(dataset, meta, _views(dataset))
 
 
 def _of_group(data: xr.Dataset, seed: int) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -282,15 +287,18 @@ def _groups(data: xr.Dataset, wanted: tuple[str, str] | None) -> tuple[dict[str,
     return {name: np.array([i for i, label in enumerate(labels) if label == name]) for name in names}, notes
 
 
-def _views(groups: list[str], categories: list[str]) -> tuple[View, ...]:
+def _views(data: xr.Dataset) -> tuple[View, ...]:
     """Shares of each group, their difference, categories beside each other, progression, and specialised heads."""
+    seen = data["share"].notnull().any(("layer", "head"))
+    groups = [str(name) for name in data["group"].values if seen.sel(group=name).any()]
+    categories = [str(name) for name in data["category"].values if seen.sel(category=name).any()]
     unit, of = "share of attention", {name: f", {name}" if len(groups) > 1 else "" for name in groups}
     views = [
         View("heatmap", "share", "head", "layer", by="category", scale="shared", mark="specialised",
              title=f"Attention by category{of[name]}", unit=unit, select={"group": name})
         for name in groups
     ]  # fmt: skip
-    if len(groups) == 2:
+    if "difference" in data and data["difference"].notnull().any():
         title = f"Difference in attention, {groups[0]} - {groups[1]}"
         views.append(
             View("heatmap", "difference", "head", "layer", by="category", scale="shared", mark="significant",
@@ -302,7 +310,7 @@ def _views(groups: list[str], categories: list[str]) -> tuple[View, ...]:
                  unit="ratio, mean over layers and heads", center=1.0, select={"group": name})
         )  # fmt: skip
     mean = f"{unit}, mean over heads"
-    if len(groups) == 1:
+    if data.sizes["group"] == 1:
         views.append(View("lines", "layer_share", "layer", by="category", title="Attention by layer", unit=mean))
     else:
         views += [
