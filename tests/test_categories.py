@@ -188,7 +188,7 @@ def test_a_planted_difference_is_found_and_named(smollm2: mi.Model) -> None:
 
 
 def test_groups_that_cannot_be_compared_are_refused_or_said(llama: mi.Model) -> None:
-    def run(labels: list[str] | None, groups: tuple[str, str] | None = None) -> mi.Result:
+    def run(labels: list[str | None] | None, groups: tuple[str, str] | None = None) -> mi.Result:
         return mi.run(llama, texts(12, labels=labels).categorize(PLACES), mi.AttentionByCategory(groups=groups))
 
     with pytest.raises(ExamplesError, match=r"the group 'wrong' has no example: there are 12 of 'right'"):
@@ -197,13 +197,18 @@ def test_groups_that_cannot_be_compared_are_refused_or_said(llama: mi.Model) -> 
         run(None, ("right", "wrong"))
     one = run(["right"] * 12)
     assert "difference" not in one.data
-    assert one.meta["notes"] == ["all 12 examples are 'right': one group, no differences"]
+    assert one.meta["notes"] == ["one group, 'right': no differences"]
     assert run(None).meta["notes"] == ["no labels: one group, no differences"]
     assert run(["a", "b", "c"] * 4).meta["notes"] == ["3 groups: no differences; name two in groups="]
     with pytest.warns(UserWarning, match="groups of 4 and 4 examples have too few splits for one cell of 36"):
         two = run(["a", "b", "c"] * 4, ("a", "c"))
-    assert two.meta["notes"][0] == "4 of 12 examples belong to neither group and were left out"
+    assert two.meta["notes"][0] == "4 of 12 examples are in none of the groups and were left out"
     assert list(two.data["group"].values) == ["a", "c"]
+    some = run(["a", None, "a"] * 4)
+    assert some.meta["groups"] == {"a": 8}
+    assert some.meta["notes"][-1] == "4 of 12 examples are in none of the groups and were left out"
+    with pytest.raises(ExamplesError, match="none of the 12 examples has a label"):
+        run([None] * 12)
 
 
 def test_bad_input(llama: mi.Model) -> None:

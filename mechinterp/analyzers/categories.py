@@ -106,7 +106,8 @@ class AttentionByCategory(Analyzer):
         matches = np.array([[len(spans) for spans in column] for column in tokens.categories.values()])
         data["matches"] = (("example", "category"), matches.T)
         if tokens.labels is not None:
-            data["label"] = ("example", np.array([str(label) for label in tokens.labels], dtype=object))
+            labels = ["" if label is None else str(label) for label in tokens.labels]
+            data["label"] = ("example", np.array(labels, dtype=object))
         if not self.statistics:
             return Result(data, {"queries": str(self.queries), "first_token": self.first_token})
         result = category_statistics(data, self.groups, self.floor, context.seed)
@@ -193,7 +194,7 @@ def category_statistics(
             difference is then taken where there are two.
         floor: least mean share above what is expected, for a head to be specialised.
     Raises:
-        ExamplesError: a group of `groups` has no example.
+        ExamplesError: a group of `groups` has no example, or all labels are missing.
     """
     data = (each.data if isinstance(each, Result) else each).transpose("example", "layer", "head", "category", ...)
     rows, notes = _groups(data, groups)
@@ -272,18 +273,20 @@ def _groups(data: xr.Dataset, wanted: tuple[str, str] | None) -> tuple[dict[str,
             raise ExamplesError(f"there are no groups {wanted}: the examples have no labels; give labels=")
         return {ALL: np.arange(n)}, ["no labels: one group, no differences"]
     labels = [str(label) for label in data["label"].values]
-    sizes = {label: labels.count(label) for label in sorted(set(labels))}
+    sizes = {label: labels.count(label) for label in sorted({*labels} - {""})}
     names = list(sizes) if wanted is None else [str(name) for name in wanted]
     if empty := [name for name in names if name not in sizes]:
         have = ", ".join(f"{count} of {label!r}" for label, count in sizes.items())
         raise ExamplesError(f"the group {empty[0]!r} has no example: there are {have}; give examples of each group")
     notes: list[str] = []
     if len(names) == 1:
-        notes.append(f"all {n} examples are {names[0]!r}: one group, no differences")
+        notes.append(f"one group, {names[0]!r}: no differences")
     elif len(names) > 2:
         notes.append(f"{len(names)} groups: no differences; name two in groups=")
     if left := n - sum(sizes[name] for name in names):
-        notes.append(f"{left} of {n} examples belong to neither group and were left out")
+        notes.append(f"{left} of {n} examples are in none of the groups and were left out")
+    if not names:
+        raise ExamplesError(f"none of the {n} examples has a label; give labels=, or none at all")
     return {name: np.array([i for i, label in enumerate(labels) if label == name]) for name in names}, notes
 
 
