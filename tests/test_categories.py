@@ -176,9 +176,9 @@ def test_a_planted_difference_is_found_and_named(smollm2: mi.Model) -> None:
     found = result.table("difference").query("significant")
     assert found[["layer", "head", "category"]].values.tolist() == [[11, 3, "and"]]
     assert found["d"].item() > 1 and found["difference_ci_low"].item() > 0
-    assert (result.table("category_p").set_index("category")["category_q"] < 0.05).to_dict() == {
-        "place": False, "and": True, "first": False,
-    }  # fmt: skip
+    whole = result.data["category_q"]
+    assert float(whole.sel(category="and")) < 0.05 < float(whole.sel(category="place"))
+    assert np.isnan(float(whole.sel(category="first")))  # only the first token, which stands apart
     assert result.data["specialised"].sel(category="place").all()
     assert not category_statistics(each, floor=0.5).data["specialised"].any()
     turned = category_statistics(each, groups=("b", "a")).data
