@@ -249,6 +249,8 @@ def _compared(
         sizes, cells = " and ".join(str(len(row)) for row in rows.values()), compared.p.size
         notes.append(f"groups of {sizes} examples have too few splits for one cell of {cells} to reach q < .05")
         warnings.warn(f"{notes[-1]}; give more examples, or fewer categories", stacklevel=3)
+    if lone := [str(name) for name, p in zip(data["category"].values, whole, strict=True) if np.isnan(p)]:
+        notes.append(f"no difference in {', '.join(lone)}: fewer than two examples of a group see their tokens")
     found = {
         "difference": compared.difference,
         "difference_ci_low": compared.ci_low,
