@@ -176,6 +176,7 @@ def test_a_planted_difference_is_found_and_named(smollm2: mi.Model) -> None:
     found = result.table("difference").query("significant")
     assert found[["layer", "head", "category"]].values.tolist() == [[11, 3, "and"]]
     assert found["d"].item() > 1 and found["difference_ci_low"].item() > 0
+    assert result.meta["notes"] == ["no difference in first: fewer than two examples of a group see their tokens"]
     whole = result.data["category_q"]
     assert float(whole.sel(category="and")) < 0.05 < float(whole.sel(category="place"))
     assert np.isnan(float(whole.sel(category="first")))  # only the first token, which stands apart

@@ -182,6 +182,18 @@ def test_power_on_real_attention(shares: np.ndarray) -> None:
     assert elsewhere / RUNS / 270 < 0.05
 
 
+def test_a_lone_difference_of_one_standard_deviation_is_mostly_missed() -> None:
+    """What docs/attention.md says of 30 + 30 examples and 540 cells."""
+    found = 0
+    for run in range(RUNS):
+        rng = np.random.default_rng(run)
+        one, two = rng.normal(size=(30, 540)), rng.normal(size=(30, 540))
+        one[:, 0] += 1.0
+        found += bool(compare_groups(one, two, run, resamples=2).q[0] < 0.05)
+    print(f"one cell of 540 with d = 1.0 found in {found} of {RUNS} runs")
+    assert 0.2 < found / RUNS < 0.6
+
+
 def test_the_largest_of_many_against_scipy() -> None:
     """One p a category, of the largest t over its cells, with an example missing in some."""
     rng = np.random.default_rng(8)
