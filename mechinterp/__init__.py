@@ -21,6 +21,7 @@ _NAMES = {
     "Sites": "mechinterp.sites",
     "Examples": "mechinterp.core.examples",
     "Chat": "mechinterp.core.examples",
+    "Vocabulary": "mechinterp.core.vocabulary",
     "TokenBatch": "mechinterp.core.tokens",
     "Trace": "mechinterp.core.trace",
     "Read": "mechinterp.core.trace",
@@ -70,6 +71,7 @@ _NAMES = {
     "HeadClusters": "mechinterp.analyzers.clusters",
     "Hotspots": "mechinterp.analyzers.hotspots",
     "SyntacticHeads": "mechinterp.analyzers.syntax",
+    "AttentionByCategory": "mechinterp.analyzers.categories",
     "ActivationPatching": "mechinterp.analyzers.patching",
     "AttributionPatching": "mechinterp.analyzers.attribution",
     "CausalTracing": "mechinterp.analyzers.tracing",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.ablation import Ablation as Ablation
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.attribution import AttributionPatching as AttributionPatching
+    from mechinterp.analyzers.categories import AttentionByCategory as AttentionByCategory
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
@@ -189,6 +192,7 @@ if TYPE_CHECKING:
     from mechinterp.core.trace import Read as Read
     from mechinterp.core.trace import Reduce as Reduce
     from mechinterp.core.trace import Trace as Trace
+    from mechinterp.core.vocabulary import Vocabulary as Vocabulary
     from mechinterp.engine.plan import Plan as Plan
     from mechinterp.engine.plan import plan as plan
     from mechinterp.engine.rows import sweep as sweep

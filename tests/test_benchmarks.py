@@ -3,7 +3,7 @@
 import pytest
 
 import mechinterp as mi
-from benchmarks import shared_pass
+from benchmarks import attention, shared_pass
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +25,9 @@ def test_the_floor_does_our_work(work: shared_pass.Work, ours: list[mi.Result]) 
 def test_peers_do_our_work(peer: str, work: shared_pass.Work, ours: list[mi.Result]) -> None:
     read = shared_pass.PEERS[peer](work, str(work.model.hf.config._name_or_path))
     assert shared_pass.difference(ours, work.finish(read())) <= shared_pass.TOLERANCE
+
+
+def test_eager_attention_does_our_work(smollm2: mi.Model) -> None:
+    examples = attention.work(smollm2, 3, 40)
+    peer = attention.theirs(attention.load("eager"), examples)
+    assert attention.largest_difference(attention.ours(smollm2, examples), peer) <= 1e-5

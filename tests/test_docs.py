@@ -61,6 +61,7 @@ def test_the_six_exercises_compile(smollm2: mi.Model) -> None:
     assert len(work.grads) == 1
     texts = ["Mary met John and", "Tom met Anna and"]
     pairs = mi.Examples.pairs(texts, texts, answers=[(" John", " Mary")] * 2, spans={"subject": [(0, 4), (0, 3)]})
+    pairs = pairs.categorize(mi.Vocabulary.of({"name": ["Mary", "Tom", "John", "Anna"]}))
     for name in ("attention by category", "probe", "edge attribution", "spurious 1", "spurious 2", "causal tracing 1"):
         seen: list[mi.Batch] = []
 

@@ -27,6 +27,7 @@ TABLE = {
         "activation-stats": "stats:ActivationStats",
         "attention-patterns": "patterns:AttentionPatterns",
         "attention-profile": "patterns:AttentionProfile",
+        "attention-by-category": "categories:AttentionByCategory",
         "attribution-patching": "attribution:AttributionPatching",
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",

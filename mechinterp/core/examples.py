@@ -7,12 +7,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from mechinterp.core.display import ROWS, count, html_table, visible
 from mechinterp.core.tokens import Span, Tokens
+from mechinterp.core.vocabulary import Vocabulary
 from mechinterp.errors import AlignmentError, ExamplesError
 
 AnswerSet: TypeAlias = tuple[str | int, ...]
@@ -46,12 +47,16 @@ class Examples:
     labels: tuple[Any, ...] | None = None
     positions: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    categories: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
+    """Word categories: for each text any number of spans. In a chat they count the characters of its contents,
+    joined by line breaks, wherever the template puts these."""
 
     def __post_init__(self) -> None:
         n = len(self.texts)
         columns = {"corrupted": self.corrupted, "answers": self.answers, "labels": self.labels}
         columns |= {f"positions[{k!r}]": v for k, v in self.positions.items()}
         columns |= {f"spans[{k!r}]": v for k, v in self.spans.items()}
+        columns |= {f"categories[{k!r}]": v for k, v in self.categories.items()}
         for name, column in columns.items():
             if column is not None and len(column) != n:
                 raise ExamplesError(f"{name} has {len(column)} entries for {n} texts; give one for each text")
@@ -177,6 +182,49 @@ class Examples:
         """A CSV file with a header line, with the columns of `from_dataset`."""
         return cls.from_dataset(csv.DictReader(io.StringIO(_read(path), newline="")))
 
+    def categorize(self, vocabulary: Vocabulary) -> "Examples":
+        """The same examples with the vocabulary's categories, found in their texts, beside those that they have.
+
+        Raises:
+            ExamplesError: a category that matches nothing in any text, a name that is taken, or an
+                example of token ids, which has no words.
+        """
+        found: list[dict[str, tuple[Span, ...]]] = []
+        for i, text in enumerate(self.texts):
+            if isinstance(text, tuple):
+                raise ExamplesError(
+                    f"example {i} is token ids, which have no words; give their spans with with_category(name, spans)"
+                )
+            spans = {name: list[Span]() for name in vocabulary.names}
+            start = 0
+            for part in [text] if isinstance(text, str) else [content for _, content in text.messages]:
+                for name, some in vocabulary.find(part).items():
+                    spans[name] += [(start + a, start + b) for a, b in some]
+                start += len(part) + 1
+            found.append({name: tuple(some) for name, some in spans.items()})
+        if empty := [name for name in vocabulary.names if not any(one[name] for one in found)]:
+            raise ExamplesError(
+                f"the categories {empty} match nothing in any of the {len(self)} texts; correct their terms"
+                " (whole words, in any case unless case_sensitive), or leave them out"
+            )
+        out = self
+        for name in vocabulary.names:
+            out = out.with_category(name, [one[name] for one in found])
+        return out
+
+    def with_category(self, name: str, spans: Sequence[Sequence[Span]]) -> "Examples":
+        """The same examples with one more word category: for each text any number of half-open spans.
+
+        Raises:
+            ExamplesError: the name is taken, no text has a span, or there are not as many entries as texts.
+        """
+        if name in self.categories:
+            raise ExamplesError(f"there already is a category {name!r}; give this one a name of its own")
+        if not any(len(some) for some in spans):
+            raise ExamplesError(f"the category {name!r} has no span in any text; give some, or leave it out")
+        column = tuple(tuple((int(a), int(b)) for a, b in some) for some in spans)
+        return replace(self, categories={**self.categories, name: column})
+
     def tokenize(self, tokenizer: Any, context: int | None = None, labels: Mapping[str, int] | None = None) -> "Tokens":
         """Token ids for every example.
 
@@ -219,6 +267,13 @@ class Examples:
             rows = zip(spans, encoded, self.texts, strict=True)
             return tuple(_span(name, i, s, *e, text) for i, (s, e, text) in enumerate(rows))
 
+        def members(name: str, column: tuple[tuple[Span, ...], ...]) -> tuple[tuple[Span, ...], ...]:
+            rows = zip(column, encoded, self.texts, strict=True)
+            return tuple(
+                tuple(_span(name, i, s, *e, text) for s in (_rendered(some, text, tokenizer, i) if some else ()))
+                for i, (some, e, text) in enumerate(rows)
+            )
+
         pad = getattr(tokenizer, "pad_token_id", None)
         return Tokens(
             tuple(ids for ids, _ in encoded),
@@ -228,6 +283,7 @@ class Examples:
             {name: locate(name, s) for name, s in self.spans.items()},
             self.labels,
             0 if pad is None else pad,
+            {name: members(name, c) for name, c in self.categories.items()},
         )
 
     def _repr_html_(self) -> str:
@@ -321,14 +377,9 @@ def encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple[
     else:
         special = True
         if isinstance(text, Chat):
-            messages = [{"role": role, "content": content} for role, content in text.messages]
             if not getattr(tokenizer, "chat_template", None):
                 raise ExamplesError(f"{name} is a chat, and this tokenizer has no chat template; give its text")
-            text = str(
-                tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=text.add_generation_prompt
-                )
-            )
+            text = _render(text.messages, text, tokenizer)
             special = False
         elif tokenizer.bos_token and text.startswith(tokenizer.bos_token):
             special = False
@@ -343,6 +394,45 @@ def encode(text: Text, tokenizer: Any, name: str, context: int | None) -> tuple[
     if context is not None and len(ids) > context:
         raise ExamplesError(f"{name} has {len(ids)} tokens, more than the model's context of {context}; shorten it")
     return ids, offsets
+
+
+def _render(messages: Iterable[tuple[str, str]], chat: Chat, tokenizer: Any) -> str:
+    """A conversation as the tokenizer's template writes it, with `messages` for its own."""
+    content = [{"role": role, "content": content} for role, content in messages]
+    return str(tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=chat.add_generation_prompt))
+
+
+_MARKS = "\ue000\ue001"
+"""Of Unicode's private use: they stand around a chat's contents to see where the template puts these."""
+
+
+def _rendered(spans: tuple[Span, ...], text: Text, tokenizer: Any, row: int) -> tuple[Span, ...]:
+    """Spans that count characters of a chat's contents, as characters of what the template makes of it."""
+    if not isinstance(text, Chat):
+        return spans
+    contents = [content for _, content in text.messages]
+    marked = [c.replace(c.strip(), _MARKS[0] + c.strip() + _MARKS[1], 1) if c.strip() else c for c in contents]
+    plain = _render(text.messages, text, tokenizer)
+    out = _render(((role, c) for (role, _), c in zip(text.messages, marked, strict=True)), text, tokenizer)
+    where: list[int] = []  # for each character of the contents its place in the rendered text
+    at = 0
+    whole = out.replace(_MARKS[0], "").replace(_MARKS[1], "") == plain
+    for content in contents:
+        core = content.strip()
+        if core:
+            at = out.find(_MARKS[0], at) + 1
+            whole = whole and at > 0 and out.startswith(core + _MARKS[1], at)
+        first = at - out.count(_MARKS[0], 0, at) - out.count(_MARKS[1], 0, at)
+        lead = len(content) - len(content.lstrip())
+        where += [first + min(max(i - lead, 0), len(core)) for i in range(len(content) + 1)]
+    if not whole:
+        raise ExamplesError(
+            f"the chat template changes or moves the contents of example {row}, so the words of its categories"
+            " cannot be found in it; give the rendered text as a string"
+        )
+    if bad := [span for span in spans if not 0 <= span[0] < span[1] < len(where)]:
+        raise ExamplesError(f"the span {bad[0]} is outside the contents of example {row}; count their characters")
+    return tuple((where[a], where[b]) for a, b in spans)
 
 
 def _answer_id(answer: str | int, text: Text, ids: tuple[int, ...], tokenizer: Any, row: int) -> int:

@@ -30,6 +30,8 @@ class Tokens:
     spans: Mapping[str, tuple[Span, ...]]
     labels: tuple[Any, ...] | None = None
     pad: int = 0
+    categories: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
+    """Word categories: for each example the tokens of every match, which may share some."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +67,7 @@ class Tokens:
             labels=None if self.labels is None else tuple(self.labels[i] for i in rows),
             positions={name: tuple(column[i] for i in rows) for name, column in self.positions.items()},
             spans={name: tuple(column[i] for i in rows) for name, column in self.spans.items()},
+            categories={name: tuple(column[i] for i in rows) for name, column in self.categories.items()},
         )
 
 
@@ -98,6 +101,8 @@ class TokenBatch:
     spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     offset: int = 0
     """Tokens already in a key/value cache, when generating."""
+    categories: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
+    """Word categories: for each example the tokens of every match; `members` has them as masks."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -115,6 +120,17 @@ class TokenBatch:
     @property
     def left_padded(self) -> bool:
         return not bool(self.mask[:, 0].all())
+
+    @property
+    def members(self) -> Bool[Tensor, "example category total"]:
+        """Whether each token belongs to each category, in the order of `categories`; as wide as `mask`."""
+        out = torch.zeros(len(self), len(self.categories), self.mask.shape[1], dtype=torch.bool)
+        starts = self.starts.tolist()
+        for c, column in enumerate(self.categories.values()):
+            for row, spans in enumerate(column):
+                for start, stop in spans:
+                    out[row, c, starts[row] + start : starts[row] + stop] = True
+        return out.to(self.mask.device)
 
     @property
     def position_ids(self) -> Int[Tensor, "example pos"]:
@@ -157,6 +173,7 @@ class TokenBatch:
             labels=pick(self.labels),
             positions={name: pick(column) for name, column in self.positions.items()},
             spans={name: pick(column) for name, column in self.spans.items()},
+            categories={name: pick(column) for name, column in self.categories.items()},
         )
 
     def run(self, of: str) -> "TokenBatch":

@@ -404,4 +404,4 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: TokenBa
     batch = TokenBatch(ids, mask.bool(), offset=offset)
     if known is None or len(batch) != 1:
         return batch
-    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans)
+    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans, categories=known.categories)
