@@ -1,4 +1,4 @@
-"""mechinterp demo, run, patch, trace, circuit, look and verify.
+"""mechinterp demo, run, patch, trace, circuit, attention-study, look and verify.
 
 Exit status: 0, 1 for a failure (one line on standard error; --debug shows the traceback), 2 for
 wrong usage, 130 after Ctrl-C.
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import mechinterp as mi
+from mechinterp.cli.attention import attention_study
 from mechinterp.cli.causal import patch, trace
 from mechinterp.cli.circuit import circuit
 from mechinterp.cli.study import (
@@ -138,6 +139,7 @@ def run(
 app.command()(patch)
 app.command()(trace)
 app.command()(circuit)
+app.command()(attention_study)
 
 
 @app.command()

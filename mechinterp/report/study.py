@@ -43,7 +43,7 @@ def write_study(
     summary: Sequence[str] = (),
     explanations: Mapping[str, str] | None = None,
     drawings: "Mapping[str, go.Figure] | None" = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write ``tables/``, ``figures/``, ``results/``, ``report.html`` and ``manifest.json`` into `folder`.
 
@@ -56,7 +56,7 @@ def write_study(
         summary: findings, a sentence each.
         explanations: analyzer name → what it does; an empty line between paragraphs.
         drawings: heading → a figure of no result's view, for the page and, as a page of its own, ``figures/``.
-        files: name → text of further files beside the report.
+        files: name → text or bytes of further files beside the report.
     Returns:
         The path of the report.
     Raises:
@@ -73,8 +73,8 @@ def write_study(
         for name, drawing in (drawings or {}).items():
             alone = drawing_page(f"{name}: {title}", drawing)
             (scratch / "figures" / f"{slug(name)}.html").write_text(alone, encoding="utf-8")
-        for name, text in (files or {}).items():
-            (scratch / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
         html = page(
             title, by_name, plan=plan, manifest=manifest, summary=summary, explanations=explanations, drawings=drawings
         )

@@ -1,6 +1,9 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
+from mechinterp.studies.attention import AttentionStudy as AttentionStudy
+from mechinterp.studies.attention import attention_study as attention_study
 from mechinterp.studies.circuits import Circuit as Circuit
+from mechinterp.studies.configuration import StudyConfig as StudyConfig
 from mechinterp.studies.discover import discover as discover
 from mechinterp.studies.faithfulness import completeness as completeness
 from mechinterp.studies.faithfulness import faithfulness as faithfulness
@@ -10,8 +13,11 @@ from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 
 __all__ = [
+    "AttentionStudy",
     "Circuit",
     "Flow",
+    "StudyConfig",
+    "attention_study",
     "completeness",
     "discover",
     "faithfulness",

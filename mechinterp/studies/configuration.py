@@ -124,6 +124,12 @@ class StudyConfig(_Section):
     analysis: AnalysisSection
     visualisation: VisualisationSection = VisualisationSection()
 
+    @model_validator(mode="after")
+    def _fits(self) -> "StudyConfig":
+        if self.generation.mode == "generated" and self.analysis.queries == "all":
+            raise ValueError("analysis.queries must be 'end' in mode 'generated': each token that is written")
+        return self
+
     @classmethod
     def load(cls, path: str | Path) -> "StudyConfig":
         """Read a YAML file; paths in it are relative to its folder.
@@ -144,21 +150,39 @@ class StudyConfig(_Section):
         except ValidationError as error:
             raise ConfigurationError("\n".join(_said(error, lines, str(path)))) from None
         here = file.expanduser().absolute().parent
-        analysis = {name: str(here / Path(getattr(config.analysis, name)).expanduser()) for name in _PATHS}
-        out = str(here / Path(config.visualisation.out).expanduser())
+
+        def beside(name: str) -> str:
+            return str(here / Path(name).expanduser())
+
         # A model's folder may be relative, too; a hub's name may look the same, and is left alone.
-        name = here / config.model.name
-        model = {"name": str(name)} if name.is_dir() or name.is_file() else {}
-        return config.model_copy(
-            update={
-                "model": config.model.model_copy(update=model),
-                "analysis": config.analysis.model_copy(update=analysis),
-                "visualisation": config.visualisation.model_copy(update={"out": out}),
-            }
+        name = beside(config.model.name)
+        return config.instead(
+            model=name if Path(name).exists() else None,
+            samples=beside(config.analysis.samples),
+            vocabulary=beside(config.analysis.vocabulary),
+            out=beside(config.visualisation.out),
         )
 
+    def instead(
+        self,
+        *,
+        model: str | None = None,
+        samples: str | None = None,
+        vocabulary: str | None = None,
+        out: str | None = None,
+    ) -> "StudyConfig":
+        """The same configuration with another model, other files or another folder, where they are given."""
 
-_PATHS = ("samples", "vocabulary")
+        def new(section: Any, **keys: str | None) -> Any:
+            return section.model_copy(update={key: value for key, value in keys.items() if value is not None})
+
+        return self.model_copy(
+            update={
+                "model": new(self.model, name=model),
+                "analysis": new(self.analysis, samples=samples, vocabulary=vocabulary),
+                "visualisation": new(self.visualisation, out=out),
+            }
+        )
 
 
 def read_yaml(text: str, name: str) -> tuple[Any, Mapping[Path_, int]]:
