@@ -55,13 +55,11 @@ def attention_study(
 
 def ranks(environment: Mapping[str, str], rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Rank and world size: those given, else those of the launcher, else one alone."""
-    if world_size == 1:
-        return (rank or 0), 1
     launcher = next((pair for pair in RANKS if all(environment.get(name, "").isdigit() for name in pair)), None)
-    told = (0, 1) if launcher is None else tuple(int(environment[name]) for name in launcher)
+    if world_size is not None and world_size > 1 and rank is None and launcher is None:
+        raise typer.BadParameter("is needed beside --world-size, where no launcher gives it", param_hint="--rank")
+    told = (0, 1) if launcher is None or world_size == 1 else tuple(int(environment[name]) for name in launcher)
     mine = (told[0] if rank is None else rank), (told[1] if world_size is None else world_size)
     if not mine[0] < mine[1]:
         raise typer.BadParameter(f"must be less than the world size, {mine[1]}. Got {mine[0]}", param_hint="--rank")
-    if world_size is not None and rank is None and launcher is None:
-        raise typer.BadParameter("is needed beside --world-size, where no launcher gives it", param_hint="--rank")
     return mine
