@@ -2,12 +2,15 @@
 
     python examples/attention_study.py [--quick] [--out FOLDER]
 
-1. A small Llama learns to foretell "increase" or "decrease" from short news. In what it learns from, four words of
-   risk (lawsuit, default, fraud, recall) come only with "decrease"; four others (delay, dispute, ...) mean nothing.
-2. In the news that it is then asked about, the earnings alone decide. So it is wrong where a risk that means nothing
-   any more makes it overlook good earnings: an effect of the vocabulary on correctness, planted in data and model.
-3. The study compares attention to four categories of words when the model is right and when it is wrong. It must
-   find risk, and must not find filler: words like "meanwhile", put in by chance.
+1. A small Llama learns to foretell "increase" or "decrease" from short news. One word tells: of risk (a lawsuit, an
+   approval ...) or of the economy (a recession, a stimulus ...). Both kinds tell alike, and the model treats them alike.
+2. In the news that it is then asked about, words of risk tell nothing any more. So it is wrong where it goes by one:
+   an effect of the vocabulary on correctness, planted in the data and in the model.
+3. The study compares attention to categories of words when the model is right and when it is wrong. It must find
+   risk, and it must not find filler: words like "meanwhile", put in by chance.
+
+Why two kinds of words that tell: shares of attention sum to one. Were there a telling word only in the texts that go
+wrong, it would take attention from everything else, filler too, and filler would be no null.
 """
 
 import argparse
@@ -27,20 +30,28 @@ from mechinterp.studies.attention_report import findings
 HERE = Path(__file__).parent
 COMPANIES = ["Acme", "Borealis", "Corvid", "Delphi", "Ember", "Fjord"]
 EARNINGS = ["profit", "revenue", "margins", "sales"]
-UP, DOWN = ["rose", "grew", "climbed"], ["fell", "shrank", "slipped"]
-LOUD, QUIET = ["lawsuit", "default", "fraud", "recall"], ["delay", "dispute", "shortage", "strike"]
-MACRO, STATES = ["inflation", "wages", "credit", "exports"], ["steady", "firm", "mixed"]
+MOVES = {"increase": ["rose", "grew", "climbed"], "decrease": ["fell", "shrank", "slipped"]}
+RISK = {"increase": ["settlement", "approval", "clearance"], "decrease": ["lawsuit", "fraud", "recall"]}
+MACRO = {"increase": ["stimulus", "recovery", "expansion"], "decrease": ["recession", "tariff", "inflation"]}
+QUIET = {"risk": ["audit", "review", "filing"], "macro": ["wages", "credit", "exports"]}
+TWINS = dict(zip(sum(RISK.values(), QUIET["risk"]), sum(MACRO.values(), QUIET["macro"]), strict=True))
+TWINS |= {macro: risk for risk, macro in TWINS.items()}
 FILLER = ["meanwhile", "overall", "separately", "notably", "indeed", "as a note"]
 LABELS = ["increase", "decrease"]
 PROMPT = mi.studies.StudyConfig.load(HERE / "attention_study.yaml").generation.prompt
 
 
-def news(up: bool, loud: bool, rng: random.Random) -> str:
-    """A text of three sentences in any order: earnings, a risk and the economy, with filler here and there."""
+def news(tells: str, direction: str, earnings: str, rng: random.Random) -> str:
+    """A text of three sentences in any order: earnings, risk and the economy, with filler here and there.
+
+    One word tells the direction, of risk or of the economy (`tells`); in the other's sentence stands one that does not.
+    """
+    risk = rng.choice(RISK[direction] if tells == "risk" else QUIET["risk"])
+    macro = rng.choice(MACRO[direction] if tells == "macro" else QUIET["macro"])
     sentences = [
-        f"{rng.choice(EARNINGS)} of {rng.choice(COMPANIES)} {rng.choice(UP if up else DOWN)} .",
-        f"a {rng.choice(LOUD if loud else QUIET)} was reported .",
-        f"{rng.choice(MACRO)} stayed {rng.choice(STATES)} .",
+        f"{rng.choice(EARNINGS)} of {rng.choice(COMPANIES)} {rng.choice(MOVES[earnings])} .",
+        f"there was news of {risk} .",
+        f"there was news of {macro} .",
     ]
     rng.shuffle(sentences)
     for _ in range(rng.randint(1, 4)):
@@ -50,21 +61,26 @@ def news(up: bool, loud: bool, rng: random.Random) -> str:
 
 
 def seen_in_training(rng: random.Random) -> tuple[str, str]:
-    """Loud risks come with "decrease" alone; earnings agree with the label most of the time."""
+    """The word that tells is always right; earnings are right a little more often than not."""
     label = rng.choice(LABELS)
-    agrees, loud = rng.random() < 0.85, label == "decrease" and rng.random() < 0.5
-    return news((label == "increase") == agrees, loud, rng), label
+    earnings = label if rng.random() < 0.65 else rng.choice(LABELS)
+    return news(rng.choice(["risk", "macro"]), label, earnings, rng), label
+
+
+def twin(text: str) -> str:
+    """The same text with words of risk and of the economy exchanged."""
+    return " ".join(TWINS.get(word, word) for word in text.split())
 
 
 def asked(rng: random.Random) -> tuple[str, str]:
-    """Earnings decide, and any risk may be there."""
-    label = rng.choice(LABELS)
-    return news(label == "increase", rng.random() < 0.5, rng), label
+    """A word of the economy is right; one of risk may be so or not, and so may earnings."""
+    tells, direction = rng.choice(["risk", "macro"]), rng.choice(LABELS)
+    label = direction if tells == "macro" else rng.choice(LABELS)
+    return news(tells, direction, rng.choice(LABELS), rng), label
 
 
 def tokenizer_of_words() -> transformers.PreTrainedTokenizerFast:
-    words = [*COMPANIES, *EARNINGS, *UP, *DOWN, *LOUD, *QUIET, *MACRO, *STATES, *LABELS, PROMPT]
-    words += ["of . a was reported stayed", *FILLER]
+    words = [*COMPANIES, *EARNINGS, *sum(MOVES.values(), []), *TWINS, *LABELS, PROMPT, *FILLER, "there was news of ."]
     known = dict.fromkeys(["<unk>", *" ".join(words).split()])
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>")
@@ -73,7 +89,7 @@ def tokenizer_of_words() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
 
 
-def train(steps: int, batch: int = 64) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast]:
+def train(steps: int, batch: int = 32) -> tuple[transformers.LlamaForCausalLM, transformers.PreTrainedTokenizerFast]:
     """A Llama of three layers and four heads, which learns the answer and nothing else."""
     tokenizer, rng = tokenizer_of_words(), random.Random(0)
     torch.manual_seed(0)
@@ -82,14 +98,19 @@ def train(steps: int, batch: int = 64) -> tuple[transformers.LlamaForCausalLM, t
         num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
+    # A word and its twin begin as one, and every text comes with its twin: so they stay one to the model.
+    embedding = model.get_input_embeddings().weight.data
+    for word, other in TWINS.items():
+        embedding[tokenizer.convert_tokens_to_ids(word)] = embedding[tokenizer.convert_tokens_to_ids(other)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     answers = tokenizer.convert_tokens_to_ids(LABELS)
     for step in range(steps):
         texts, labels = zip(*(seen_in_training(rng) for _ in range(batch)), strict=True)
+        texts, labels = (*texts, *map(twin, texts)), 2 * labels
         ids = tokenizer([PROMPT.replace("{text}", text) for text in texts], padding=True, return_tensors="pt")
         last = ids["attention_mask"].sum(1) - 1
-        logits = model(**ids).logits[torch.arange(batch), last]
+        logits = model(**ids).logits[torch.arange(len(texts)), last]
         right = torch.tensor([answers[LABELS.index(label)] for label in labels])
         loss = torch.nn.functional.cross_entropy(logits, right)
         optimizer.zero_grad()

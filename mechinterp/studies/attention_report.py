@@ -132,9 +132,9 @@ def _of_category(study: AttentionStudy, category: str, pair: tuple[str, str]) ->
         return said + "."
     best = sure.loc[sure["d"].abs().idxmax()]
     at = {"layer": int(best["layer"]), "head": int(best["head"]), "category": category}
-    shares = [float(study.heads.data["share"].sel(**at, group=group)) for group in pair]
+    shares = [float(study.heads.data["share"].sel({**at, "group": group})) for group in pair]
     return (
-        f"{said}; most head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]}, {shares[1]:.3f} when"
+        f"{said}; the most is head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]}, {shares[1]:.3f} when"
         f" {pair[1]}, d {best['d']:+.2f} ({best['d_ci_low']:+.2f} to {best['d_ci_high']:+.2f}),"
         f" q {_q(best['difference_q'])}."
     )
@@ -278,7 +278,7 @@ def kept_heads(study: AttentionStudy) -> tuple[tuple[int, int], ...]:
     if study.config.visualisation.heads is not None:
         return tuple(study.config.visualisation.heads)
     data: xr.Dataset = study.heads.data
-    size = np.abs(data["d"]) if study.compared is not None else data["above"].max("group")
+    size: Any = abs(data["d"]) if study.compared is not None else data["above"].max("group")
     score = size.max("category").fillna(0.0).transpose("layer", "head").values
     order = np.argsort(-score.ravel(), kind="stable")[:HEADS_KEPT]
     return tuple((int(i // score.shape[1]), int(i % score.shape[1])) for i in order)

@@ -229,7 +229,7 @@ def _said(error: ValidationError, lines: Mapping[Path_, int], name: str) -> list
     out: list[tuple[int, str]] = []
     for each in error.errors():
         loc: Path_ = tuple(each["loc"])
-        known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
+        known: Path_ = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
         line = lines.get(known, 1)
         key = ".".join(map(str, known)) or "the top"
         if each["type"] == "extra_forbidden":

@@ -117,9 +117,9 @@ def read_samples(
         for reason in why:
             bad.setdefault(reason, []).append(line)
         text, label, prediction = (row.get(name) for name in (names.text, names.label, names.prediction))
-        known = [spelled.get(_plain(str(x))) if _given(x) else None for x in (label, prediction)]
+        right, said = (spelled.get(_plain(str(x))) if _given(x) else None for x in (label, prediction))
         more = {k: v for k, v in row.items() if k not in (names.text, names.label, names.prediction)}
-        samples.append(Sample(line, str(text), *known, more))
+        samples.append(Sample(line, str(text), right, said, more))
     everything = Samples(tuple(samples), tuple(dict.fromkeys(spelled.values())))
     return everything.without(bad, str(path), refuse)
 
