@@ -1,6 +1,7 @@
 """The attention study: who attends to what, when the model is right and when it is wrong."""
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,14 +243,15 @@ def _test(
     labelled = each.isel(example=grouped)
     labelled = labelled.assign(label=("example", np.array([groups[i] for i in grouped], dtype=object)))
     analysis = config.analysis
-    heads = category_statistics(labelled, pair, analysis.floor, analysis.seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "groups of .* have too few splits")  # it is among the notes
+        heads = category_statistics(labelled, pair, analysis.floor, analysis.seed)
     notes += [str(note) for note in heads.meta.get("notes", ()) if "groups=" not in str(note)]
     order = list(dict.fromkeys(str(name) for name in heads.data["group"].values))
     categories = by_category(labelled, order, analysis.seed)
     meta = {"analyzer": "AttentionByCategory", "options": {"queries": analysis.queries, "floor": str(analysis.floor)}}
-    views = _views(heads, order)
     return AttentionStudy(
-        config, model, samples, examples, groups, each, Result(heads.data, {**heads.meta, **meta}, views), categories,
+        config, model, samples, examples, groups, each, heads.with_meta(**meta), categories,
         tuple(dict.fromkeys(notes)), Path(config.visualisation.out),
     )  # fmt: skip
 
@@ -316,13 +318,3 @@ def by_category(each: xr.Dataset, groups: Sequence[str], seed: int = 0) -> Resul
     data = xr.Dataset(variables, coords, {"unit": "share of attention"})
     return Result(data, {"analyzer": "CategoriesOverall", "options": {}}, tuple(views))
 
-
-def _views(heads: Result, groups: Sequence[str]) -> tuple[View, ...]:
-    """The statistics' own figures, and for each category how its attention goes through the layers, by group."""
-    kept = tuple(view for view in heads.views if view.kind != "lines")
-    lines = tuple(
-        View("lines", "layer_share", "layer", by="group", title=f"Attention to {category} by layer",
-             unit="share of attention, mean over heads", select={"category": str(category)})
-        for category in heads.data["category"].values
-    )  # fmt: skip
-    return kept + (lines if len(groups) > 1 else tuple(view for view in heads.views if view.kind == "lines"))

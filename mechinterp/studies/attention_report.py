@@ -15,7 +15,6 @@ import xarray as xr
 
 from mechinterp import sites
 from mechinterp.core.display import count, visible
-from mechinterp.core.result import Result, View
 from mechinterp.engine.runner import provenance
 from mechinterp.report.study import write_study
 from mechinterp.studies.attention import ALPHA, AttentionStudy
@@ -56,14 +55,13 @@ def write_attention_study(study: AttentionStudy) -> Path:
         PREDICTIONS: predictions(study),
         MATRICES: matrices(study),
     }
-    results = [study.categories, study.heads, specialisation(study)]
+    results = [study.categories, study.heads]
     explanations = {
         "CategoriesOverall": "Attention to each category, averaged over all layers and heads, of each sample; and"
         " whether the groups differ in it.",
         "AttentionByCategory": "Attention to the tokens of each category, by layer and head. A head is specialised"
         f" for a category where its share is {config.analysis.floor:g} or more above that of uniform attention, with"
         " q < .05 over all heads, categories and groups.",
-        "Specialisation": "How many heads of each layer are specialised for each category.",
     }
     return write_study(
         study.folder, title, results, plan="", manifest=manifest, summary=said, explanations=explanations, files=files
@@ -127,14 +125,15 @@ def _of_category(study: AttentionStudy, category: str, pair: tuple[str, str]) ->
     table: Any = study.heads.table("difference")
     mine = table[table["category"] == category]
     sure = mine[mine["significant"].astype(bool)]
-    said = f"{category}: {len(sure)} of {count(len(mine), 'head')} differ (q < .05)"
+    anywhere = float(study.heads.data["category_q"].sel(category=category))
+    said = f"{category}: {len(sure)} of {count(len(mine), 'head')} differ (q < .05; any at all: q {_q(anywhere)})"
     if not len(sure):
         return said + "."
     best = sure.loc[sure["d"].abs().idxmax()]
     at = {"layer": int(best["layer"]), "head": int(best["head"]), "category": category}
     shares = [float(study.heads.data["share"].sel({**at, "group": group})) for group in pair]
     return (
-        f"{said}; the most is head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]}, {shares[1]:.3f} when"
+        f"{said}; most of all head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]}, {shares[1]:.3f} when"
         f" {pair[1]}, d {best['d']:+.2f} ({best['d_ci_low']:+.2f} to {best['d_ci_high']:+.2f}),"
         f" q {_q(best['difference_q'])}."
     )
@@ -198,6 +197,7 @@ def comparison(study: AttentionStudy) -> dict[str, Any]:
             "mean_over_heads": {name: float(row[name]) for name in names}
             | {"ci": [float(row["ci_low"]), float(row["ci_high"])]}
             | {"d_ci": [float(row["d_ci_low"]), float(row["d_ci_high"])]},
+            "any_head": {name: float(study.heads.data[f"category_{name}"].sel(category=c)) for name in ("p", "q")},
             "heads": len(mine),
             "heads_that_differ": int(mine["significant"].sum()),
             "strongest_heads": [
@@ -218,21 +218,11 @@ def comparison(study: AttentionStudy) -> dict[str, Any]:
         "compared": [first, second],
         "difference_is": f"{first} - {second}",
         "samples": {name: n for name, n in _sizes(study).items() if name in (first, second)},
-        "test": "permutation of Welch's t; q: Benjamini-Hochberg, for heads over layers × heads × categories",
+        "test": "permutation of Welch's t; any_head: of its largest in the category; q: Benjamini-Hochberg, for single"
+        " heads over layers × heads × categories, else over categories",
         "categories": categories,
         "notes": list(study.notes),
     }
-
-
-def specialisation(study: AttentionStudy) -> Result:
-    """How many heads of each layer are specialised for each category, by group."""
-    heads: Any = study.heads.data["specialised"]
-    data = heads.sum("head").astype(float).to_dataset(name="specialised_heads")
-    view = View(
-        "heatmap", "specialised_heads", "category", "layer", by="group", scale="shared",
-        title="Heads that are specialised for a category", unit="heads",
-    )  # fmt: skip
-    return Result(data.assign_attrs(unit="heads"), {"analyzer": "Specialisation", "options": {}}, (view,))
 
 
 def predictions(study: AttentionStudy) -> str:
@@ -253,12 +243,12 @@ def predictions(study: AttentionStudy) -> str:
 def matrices(study: AttentionStudy) -> bytes:
     """Whole attention patterns of chosen heads, of the shortest prompts of each group, as safetensors.
 
-    Tensors are called ``sample 3 layer 5 head 1`` (``query key``); the metadata have each sample's tokens, label,
-    prediction and group, as JSON.
+    Tensors are called ``sample 3 layer 5 head 1`` (``query key``). Under ``samples`` the metadata have, as JSON,
+    each sample's tokens, label, prediction and group.
     """
     lengths = [len(ids) for ids in study.model.tokenize(study.examples).ids]
     tensors: dict[str, torch.Tensor] = {}
-    metadata: dict[str, str] = {}
+    known: dict[str, Any] = {}
     for group in _sizes(study):
         mine = sorted((lengths[i], i) for i, g in enumerate(study.groups) if g == group)
         for _, i in mine[: study.config.visualisation.examples]:
@@ -268,9 +258,10 @@ def matrices(study: AttentionStudy) -> bytes:
                 tensors[f"sample {i} layer {layer} head {head}"] = trace[site][0].float().cpu().contiguous()
             sample = study.samples.rows[i]
             tokens = study.model.to_str_tokens(trace.batch.ids[0])
-            known = {"tokens": tokens, "label": sample.label, "prediction": sample.prediction, "group": group}
-            metadata[f"sample {i}"] = json.dumps(known, ensure_ascii=False)
-    return safetensors.torch.save(tensors, metadata)
+            known[str(i)] = {
+                "tokens": tokens, "label": sample.label, "prediction": sample.prediction, "group": group
+            }  # fmt: skip
+    return safetensors.torch.save(tensors, {"samples": json.dumps(known, ensure_ascii=False)})
 
 
 def kept_heads(study: AttentionStudy) -> tuple[tuple[int, int], ...]:
