@@ -140,7 +140,7 @@ def _of_category(study: AttentionStudy, category: str, pair: tuple[str, str]) ->
 
 
 def _q(q: float) -> str:
-    return "not tested" if math.isnan(q) else f"{q:.3f}" if q >= 0.001 else f"{q:.1e}"
+    return "not tested" if math.isnan(q) else f"{q:.3f}" if q >= 0.00095 else f"{q:.1e}"
 
 
 def analysis(study: AttentionStudy) -> dict[str, Any]:
