@@ -7,7 +7,8 @@
     │   └── AlignmentError  clean and corrupted prompts that do not line up
     ├── NeedsError          an analyzer and the engine disagree about what was declared
     ├── HookError           a read that did not fire, a write without effect
-    └── OutputError         a result, figure or report that cannot be written or read
+    ├── OutputError         a result, figure or report that cannot be written or read
+    └── ConfigurationError  a configuration file that cannot be used
 
 A message states the fact, then the site and its shape where there is one, then the fix.
 """
@@ -43,3 +44,7 @@ class HookError(MechinterpError, RuntimeError):
 
 class OutputError(MechinterpError, OSError):
     """A result, figure or report that cannot be written or read back."""
+
+
+class ConfigurationError(MechinterpError, ValueError):
+    """A configuration file that cannot be used; the message has its line and key."""

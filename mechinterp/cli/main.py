@@ -1,4 +1,4 @@
-"""mechinterp demo, run, patch, trace, circuit, attention to look at and to compare, look and verify.
+"""mechinterp demo, run, patch, trace, circuit, attention-study, attention to look at and compare, look, verify.
 
 Exit status: 0, 1 for a failure (one line on standard error; --debug shows the traceback), 2 for
 wrong usage, 130 after Ctrl-C.
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import mechinterp as mi
+from mechinterp.cli.attention import attention_study
 from mechinterp.cli.causal import patch, trace
 from mechinterp.cli.circuit import circuit
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
@@ -142,6 +143,7 @@ app.command()(circuit)
 app.command()(visualize_attention)
 app.command()(compare_attention)
 app.command()(compare_models_attention)
+app.command()(attention_study)
 
 
 @app.command()

@@ -46,7 +46,7 @@ def write_study(
     explanations: Mapping[str, str] | None = None,
     drawings: "Mapping[str, go.Figure] | None" = None,
     pictures: "Mapping[str, Figure] | None" = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
 ) -> Path:
     """Write ``tables/``, ``figures/``, ``results/``, ``report.html`` and ``manifest.json`` into `folder`.
 
@@ -60,7 +60,7 @@ def write_study(
         explanations: analyzer name → what it does; an empty line between paragraphs.
         drawings: heading → a figure of no result's view, for the page and, as a page of its own, ``figures/``.
         pictures: heading → the same drawn by matplotlib, for ``figures/`` as PNG and SVG.
-        files: name → text of further files beside the report.
+        files: name → text or bytes of further files beside the report.
     Returns:
         The path of the report.
     Raises:
@@ -79,8 +79,8 @@ def write_study(
             (scratch / "figures" / f"{slug(name)}.html").write_text(alone, encoding="utf-8")
         for name, picture in (pictures or {}).items():
             write_picture(picture, scratch / "figures" / slug(name))
-        for name, text in (files or {}).items():
-            (scratch / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
         html = page(
             title, by_name, plan=plan, manifest=manifest, summary=summary, explanations=explanations, drawings=drawings
         )

@@ -1,8 +1,11 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
+from mechinterp.studies.attention import AttentionStudy as AttentionStudy
+from mechinterp.studies.attention import attention_study as attention_study
 from mechinterp.studies.circuits import Circuit as Circuit
 from mechinterp.studies.comparing import compare_attention as compare_attention
 from mechinterp.studies.comparing import compare_models as compare_models
+from mechinterp.studies.configuration import StudyConfig as StudyConfig
 from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
 from mechinterp.studies.dialogue import Dialogue as Dialogue
 from mechinterp.studies.discover import discover as discover
@@ -15,11 +18,14 @@ from mechinterp.studies.flow import trace_information_flow as trace_information_
 
 __all__ = [
     "AttentionBetweenSpeakers",
+    "AttentionStudy",
     "Circuit",
     "Dialogue",
     "Flow",
     "compare_attention",
     "compare_models",
+    "StudyConfig",
+    "attention_study",
     "completeness",
     "discover",
     "faithfulness",
