@@ -133,8 +133,8 @@ def _of_category(study: AttentionStudy, category: str, pair: tuple[str, str]) ->
     at = {"layer": int(best["layer"]), "head": int(best["head"]), "category": category}
     shares = [float(study.heads.data["share"].sel({**at, "group": group})) for group in pair]
     return (
-        f"{said}; most of all head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]}, {shares[1]:.3f} when"
-        f" {pair[1]}, d {best['d']:+.2f} ({best['d_ci_low']:+.2f} to {best['d_ci_high']:+.2f}),"
+        f"{said}; most of all head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]},"
+        f" {shares[1]:.3f} when {pair[1]}, d {best['d']:+.2f} ({best['d_ci_low']:+.2f} to {best['d_ci_high']:+.2f}),"
         f" q {_q(best['difference_q'])}."
     )
 

@@ -108,7 +108,7 @@ def circuit_picture(circuit: Circuit, max_edges: int = 60) -> Figure:
     signs = {_color(float(score)) for score in circuit.scores[drawn]}
     known = [(color, "-", name) for color, name in SIGNS if color in signs]
     known += [("#555555", {"k": "--", "v": ":"}.get(kind, "-"), name) for kind, name in _into(circuit, drawn)]
-    handles = [Line2D([], [], color=color, linestyle=style, linewidth=1.8) for color, style, _ in known]
+    handles = [Line2D([], [], color=color, linewidth=1.8, ls=style) for color, style, _ in known]
     if handles:
         names = [name for *_, name in known]
         figure.legend(handles, names, loc="lower center", ncols=len(names), fontsize=8, frameon=False)

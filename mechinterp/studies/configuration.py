@@ -229,12 +229,12 @@ def _said(error: ValidationError, lines: Mapping[Path_, int], name: str) -> list
     out: list[tuple[int, str]] = []
     for each in error.errors():
         loc: Path_ = tuple(each["loc"])
-        known: Path_ = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), ())
+        known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), loc[:0])
         line = lines.get(known, 1)
         key = ".".join(map(str, known)) or "the top"
         if each["type"] == "extra_forbidden":
             names = _keys(known[:-1])
-            close = difflib.get_close_matches(str(known[-1]), names, 1, 0.5)
+            close = difflib.get_close_matches(str(loc[-1]), names, 1, 0.5)
             fix = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}"
             said = f"the key {key} is unknown; {fix}"
         elif each["type"] == "missing":

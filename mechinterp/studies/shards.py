@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp import sites
-from mechinterp.analyzers.categories import AttentionByCategory, expected_shares, with_entropy
+from mechinterp.analyzers.categories import AttentionByCategory, expected_shares, pattern_entropy
 from mechinterp.core.examples import Examples, Text
 from mechinterp.core.result import Result
 from mechinterp.core.tokens import Span, TokenBatch
@@ -236,9 +236,9 @@ class NewestMass:
         columns = torch.cat([members[0], (key >= self.prompt)[None], (key == 0)[None]])
         out = torch.zeros(1, block.shape[1], len(columns) + 1, device=block.device)
         if queries.stop == batch.ids.shape[1]:
-            newest = with_entropy(block[:, :, -1].float())
-            out[..., :-1] = newest[..., :-1] @ columns.T.float()
-            out[..., -1] = newest[..., -1]
+            newest = block[:, :, -1].float()
+            out[..., :-1] = newest @ columns.T.float()
+            out[..., -1] = pattern_entropy(newest)
         return out
 
 
