@@ -130,8 +130,8 @@ class Attached:
             self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(path, acts)))
         config: Any = self.hf.config
         if self._work and not str(config._attn_implementation).startswith(PREFIX):
-            self._kernel = config._attn_implementation
-            config._attn_implementation = register(self._kernel)
+            self._kernel = kernel = str(config._attn_implementation)
+            config._attn_implementation = register(kernel)
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -106,7 +106,7 @@ def circuit_picture(circuit: Circuit, max_edges: int = 60) -> Figure:
     figure.text(20 / width, 1 - 12 / height, circuit.title, fontsize=11, fontweight="bold", va="top")
     figure.text(20 / width, 1 - 36 / height, "\n".join(lines), fontsize=8.5, color="#666", va="top")
     signs = {_color(float(score)) for score in circuit.scores[drawn]}
-    known = [(color, "-", name) for color, name in SIGNS if color in signs]
+    known: list[tuple[str, Any, str]] = [(color, "-", name) for color, name in SIGNS if color in signs]
     known += [("#555555", {"k": "--", "v": ":"}.get(kind, "-"), name) for kind, name in _into(circuit, drawn)]
     handles = [Line2D([], [], color=color, linestyle=style, linewidth=1.8) for color, style, _ in known]
     if handles:
