@@ -261,3 +261,13 @@ def test_bars_begin_at_the_centre_and_are_those_farthest_from_it() -> None:
     for patch, value in zip(matplotlib_figure(made, view).axes[0].patches, shown.values, strict=True):
         assert patch.get_x() == 1.0
         assert patch.get_x() + patch.get_width() == pytest.approx(value)
+
+
+def test_a_logarithmic_axis_has_plain_numbers() -> None:
+    shares = [0.001, 0.01, 0.1, 1.0]
+    data = xr.Dataset({"share": ("fraction", [0.1, 0.2, 0.6, 1.0])}, {"fraction": shares})
+    result = mi.Result(data, {}, (mi.View("lines", "share", "fraction", log=True),))
+    (axes,) = matplotlib_figure(result, result.views[0]).axes
+    axes.figure.canvas.draw()
+    assert axes.get_xscale() == "log" and result.figure().layout.xaxis.type == "log"
+    assert {"0.001", "0.01", "0.1", "1"} <= {label.get_text() for label in axes.get_xticklabels()}

@@ -130,8 +130,8 @@ class Attached:
             self._handles.append(self.hf.get_submodule(path).register_forward_hook(self._out(path, acts)))
         config: Any = self.hf.config
         if self._work and not str(config._attn_implementation).startswith(PREFIX):
-            kernel = str(config._attn_implementation)
-            self._kernel, config._attn_implementation = kernel, register(kernel)
+            self._kernel = kernel = str(config._attn_implementation)
+            config._attn_implementation = register(kernel)
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -404,4 +404,4 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: TokenBa
     batch = TokenBatch(ids, mask.bool(), offset=offset)
     if known is None or len(batch) != 1:
         return batch
-    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans, categories=known.categories)
+    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans)

@@ -380,6 +380,7 @@ def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
         axes.set_xlim(-0.5, len(lines.x) - 0.5)
     elif lines.log:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")  # powers would be written as mathematics
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xmargin(0.02)

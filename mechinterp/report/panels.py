@@ -435,10 +435,10 @@ def _bars(frame: pd.DataFrame, view: View) -> Bars:
 
 def _names(entries: Sequence[Any] | npt.NDArray[Any]) -> tuple[str, ...]:
     """Labels of an axis, each of its own (the number 1 and the name "1" would else share a place)."""
-    out: list[str] = []
+    out: dict[str, None] = {}  # in order, and found at once among many
     for entry in entries:
         name = visible(str(entry), 24)
         while name in out:
             name += "′"
-        out.append(name)
+        out[name] = None
     return tuple(out)

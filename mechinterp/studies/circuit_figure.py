@@ -102,11 +102,11 @@ def circuit_picture(circuit: Circuit, max_edges: int = 60) -> Figure:
         axes.add_patch(box)
         axes.text(x, y, name, fontsize=7.5, ha="center", va="center_baseline", zorder=4)
     for layer, xs in _spans(place).items():
-        axes.text((min(xs) + max(xs)) / 2, -12, str(layer), fontsize=7.5, color="#666", ha="center", va="top")
+        axes.text((min(xs) + max(xs)) / 2, -12, f"layer\n{layer}", fontsize=7.5, color="#666", ha="center", va="top")
     figure.text(20 / width, 1 - 12 / height, circuit.title, fontsize=11, fontweight="bold", va="top")
     figure.text(20 / width, 1 - 36 / height, "\n".join(lines), fontsize=8.5, color="#666", va="top")
     signs = {_color(float(score)) for score in circuit.scores[drawn]}
-    known = [(color, "-", name) for color, name in SIGNS if color in signs]
+    known: list[tuple[str, Any, str]] = [(color, "-", name) for color, name in SIGNS if color in signs]
     known += [("#555555", {"k": "--", "v": ":"}.get(kind, "-"), name) for kind, name in _into(circuit, drawn)]
     handles = [Line2D([], [], color=color, linewidth=1.8, ls=style) for color, style, _ in known]
     if handles:
