@@ -305,8 +305,8 @@ def by_category(each: xr.Dataset, groups: Sequence[str], seed: int = 0) -> Resul
     }
     variables: dict[str, Any] = {name: (("group", "category"), value) for name, value in by.items()}
     views = [
-        View("lines", "mean_share", "category", by="group", title="Attention to each category by group",
-             unit="share of attention, mean over layers and heads"),
+        View("lines", "mean_share", "category", by="group", title="Attention to each category, over all heads",
+             unit="share of attention"),
     ]  # fmt: skip
     if len(groups) == 2:
         compared = compare_groups(*(values[row] for row in rows), seed=seed)
