@@ -1,7 +1,7 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
 from mechinterp.studies.circuits import Circuit as Circuit
-from mechinterp.studies.discover import discover as discover
+from mechinterp.studies.discovery import discover as discover
 from mechinterp.studies.evaluation import completeness as completeness
 from mechinterp.studies.evaluation import faithfulness as faithfulness
 from mechinterp.studies.evaluation import faithfulness_curve as faithfulness_curve
