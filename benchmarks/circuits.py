@@ -36,7 +36,7 @@ from benchmarks.timing import Line, arguments, compare, environment, interleave,
 from mechinterp.core.graph import Graph
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.edges import EdgeRuns, run_circuits
-from mechinterp.studies.discover import edges_of_nodes, node_effects
+from mechinterp.studies.discovery import edges_of_nodes, node_effects
 from mechinterp.studies.evaluation import FRACTIONS, summary
 
 RECORDED = {"eap": 122.0, "eap-ig-inputs": 136.0, "curve": 143.0}

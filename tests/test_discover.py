@@ -13,7 +13,7 @@ from mechinterp.engine.edges import run_circuits
 from mechinterp.engine.plan import Plan
 from mechinterp.errors import NeedsError
 from mechinterp.studies import discover
-from mechinterp.studies.discover import Method, edges_of_nodes, node_effects
+from mechinterp.studies.discovery import Method, edges_of_nodes, node_effects
 
 PAIRS = mi.tasks.ioi(6)
 FEW = mi.tasks.ioi(3)
@@ -168,7 +168,7 @@ def test_acdc_is_the_slow_one(model: mi.Model, monkeypatch: pytest.MonkeyPatch) 
     assert found.meta["kl"] == pytest.approx(divergence, abs=1e-4)
     assert found.meta["tried"] == len(begun)
     assert found.meta["threshold"] == 0.001
-    monkeypatch.setattr("mechinterp.studies.discover.HELD", 1)  # what is made anew is the same
+    monkeypatch.setattr("mechinterp.studies.discovery.HELD", 1)  # what is made anew is the same
     again = discover(model, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=1)["mixed"]
     assert named(again) == named(found)
 

@@ -8,7 +8,7 @@ from mechinterp.studies.comparing import compare_models as compare_models
 from mechinterp.studies.configuration import StudyConfig as StudyConfig
 from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
 from mechinterp.studies.dialogue import Dialogue as Dialogue
-from mechinterp.studies.discover import discover as discover
+from mechinterp.studies.discovery import discover as discover
 from mechinterp.studies.evaluation import completeness as completeness
 from mechinterp.studies.evaluation import faithfulness as faithfulness
 from mechinterp.studies.evaluation import faithfulness_curve as faithfulness_curve
