@@ -110,7 +110,7 @@ def test_several_kinds_are_each_of_them_alone(model: mi.Model, pairs: mi.Example
     for kind in kinds:
         alone = mi.run(model, pairs, mi.ActivationPatching(kind, **options))
         for name in ("effect", "ci_low", "ci_high", "p"):
-            np.testing.assert_allclose(together.data[name].sel(kind=kind), alone.data[name], atol=1e-4)
+            np.testing.assert_allclose(together.data[name].sel(kind=kind), alone.data[name], atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(together.data["patched"].sel(kind=kind), alone.data["patched"], atol=1e-5)
     np.testing.assert_allclose(together.data["q"], fdr(together.data["p"].values))  # over all kinds
 

@@ -142,7 +142,7 @@ class Attached:
             config._attn_implementation, self._kernel = self._kernel, None
         for each in self._work.values():  # passes and what was read in them know each other
             each.state, each.values = None, {}
-        self._work, self.now = {}, None
+        self._ins, self._outs, self._work, self.now = {}, {}, {}, None  # they know this, and it them
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Every forward call of the base model gets a `Pass`, made by the engine or from the call itself."""
@@ -404,4 +404,4 @@ def _batch_of_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: TokenBa
     batch = TokenBatch(ids, mask.bool(), offset=offset)
     if known is None or len(batch) != 1:
         return batch
-    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans)
+    return replace(batch, rows=known.rows, positions=known.positions, spans=known.spans, categories=known.categories)
