@@ -176,7 +176,7 @@ def test_models_that_cannot_be_compared(llama: mi.Model) -> None:
     with pytest.raises(ModelError, match="takes two models"):
         compare_models([llama], CLEAN)
     with pytest.raises(ModelError, match="tiny-llama and tiny-llama are the same model"):
-        compare_models([llama, tiny("llama")], CLEAN)
+        compare_models([tiny("llama"), tiny("llama")], CLEAN)
     with pytest.raises(ExamplesError, match="the text is empty"):
         compare_models([llama, tiny("qwen3")], "")
     with pytest.raises(ExamplesError, match="one piece"):
