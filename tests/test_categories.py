@@ -142,7 +142,7 @@ def test_the_contract(queries: str) -> None:
     examples = replace(mi.tasks.ioi(16, seed=3), labels=("right", "wrong") * 8).categorize(vocabulary)
     ties = ("difference_p", "difference_q", "category_p", "category_q")
     check_analyzer(mi.AttentionByCategory(queries=queries), examples, ties=ties)
-    check_analyzer(mi.AttentionByCategory(queries=queries, statistics=False), examples)
+    check_analyzer(mi.AttentionByCategory(queries=queries, statistics=False), examples, models=[mi.testing.tiny()])
 
 
 def test_stored_and_joined_parts_give_the_same(llama: mi.Model, tmp_path: Path) -> None:
