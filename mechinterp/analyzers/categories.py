@@ -133,7 +133,7 @@ class Received:
 
 
 def pattern_entropy(pattern: Float[Tensor, "*rows key"]) -> Float[Tensor, "*rows"]:
-    """Of each query, in nats."""
+    """-Σ p ln p of each query's attention, in nats."""
     logs = pattern.clamp_min(torch.finfo(pattern.dtype).tiny).log_()
     return -logs.mul_(pattern).sum(-1)
 

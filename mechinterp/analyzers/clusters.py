@@ -14,6 +14,7 @@ from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
 from mechinterp import sites
+from mechinterp.analyzers.categories import pattern_entropy
 from mechinterp.analyzers.heads import ROLES, at_offset, role_counts, role_mass
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Own
 from mechinterp.core.display import visible
@@ -183,7 +184,7 @@ def profile_mass(block: Float[Tensor, "example head query key"], queries: slice,
     """What `FEATURES` are made of, summed over a block of queries, ``example feature head``."""
     recent = torch.stack([at_offset(block, queries, batch, offset, 1) for offset in range(RECENT[0], RECENT[1] + 1)])
     visible_keys = batch.mask.cumsum(1)[:, queries]
-    spread = torch.special.entr(block.float()).sum(-1)  # example head query
+    spread = pattern_entropy(block.float())  # example head query
     share = spread / visible_keys.clamp(min=2).log()[:, None]
     entropy = (share * (batch.mask[:, queries] & (visible_keys > 1))[:, None]).sum(-1).to(block.dtype)
     more = torch.stack([at_offset(block, queries, batch, 0), recent.sum(0), entropy], 1)

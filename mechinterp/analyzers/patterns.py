@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechinterp import sites
+from mechinterp.analyzers.categories import pattern_entropy
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.tokens import TokenBatch
@@ -228,7 +229,7 @@ def profile_sums(block: Float[Tensor, "example head query key"], queries: slice,
     column = torch.arange(queries.start, queries.stop, device=block.device)
     counted = (batch.mask[:, queries].to(block.device) & (column > start)).to(pattern)  # example query
     keys = torch.arange(block.shape[-1], device=block.device, dtype=pattern.dtype)
-    entropy = -torch.special.xlogy(pattern, pattern).sum(-1) / np.log(2)
+    entropy = pattern_entropy(pattern) / np.log(2)
     distance = pattern.sum(-1) * column - pattern @ keys
     first = pattern.take_along_dim(start[:, :, None, None].expand(*pattern.shape[:3], 1), 3)[..., 0]
     below = torch.nn.functional.pad(pattern.cumsum(-1), (1, 0))  # mass on keys before each one

@@ -96,7 +96,6 @@ class Runs(Cells):
             for i, (run, sites, _) in enumerate(runs)
         )
         self.base, self.source = (each.passed for each in self.along)
-        self.tick("sweep_runs", 1)
         every = np.arange(len(self.lengths))
         riders = [
             Rows(nothing + run.cell, every, start, self.lengths, self.lengths, nothing, nothing == 0)
@@ -127,6 +126,7 @@ class Runs(Cells):
         Args:
             row: of each of `final`.
         """
+        self.tick("sweep_runs", 1)
         for run in self.along:
             at = np.nonzero(rows.cell[row] == run.cell)[0]
             ((metric, wanted),) = run.passed.rows.items()
