@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 import mechinterp as mi
-from mechinterp.cli import main as cli
 from mechinterp.testing import tiny
+from tests.test_cli_causal import here, invoke, one_line, said
 
-RUN = CliRunner()
+__all__ = ["here"]  # a fixture
+
+
 TEXT, OTHER = "Mary and John had a book, and John", "the dog had a ring and went to the store"
 DIALOGUE = "Anna: had a book\nTom: the dog had a ring\nAnna: and a book\nTom: to the store\n"
 
@@ -28,31 +29,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         model.tokenizer.save_pretrained(folder)
         out[name] = str(folder)
     return out
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
-
-
-def invoke(*arguments: Any) -> Result:
-    return RUN.invoke(cli.app, [str(a) for a in arguments])
-
-
-def said(result: Result) -> str:
-    assert result.exit_code == 0, result.output
-    return " ".join(result.stdout.split())
-
-
-def one_line(result: Result) -> str:
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.output
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "unexpected" not in last
-    return last
 
 
 def study(folder: Path) -> dict[str, Any]:
