@@ -98,8 +98,9 @@ def compare_attention(
     data = data.assign({name: (here, value) for name, value in means.items()})
     texts = [str(given.texts[group[0]]) if len(group) == 1 else name for name, group in zip(names, groups, strict=True)]
     data["text"] = ("input", np.array(texts, dtype=str))
+    shuffles = max(_shuffles((groups[a], groups[b]), shape[1] * shape[2]) for a, b in pairs)
     meta = {**found[0].meta, "analyzer": "AttentionComparison", "options": {}}
-    return Result(data, meta | {"shuffles": _shuffles(groups, shape[1] * shape[2])}, _views_of_inputs(data))
+    return Result(data, meta | {"shuffles": shuffles}, _views_of_inputs(data))
 
 
 def compare_models(models: Sequence[Model], text: str, names: Sequence[str] | None = None, *, seed: int = 0) -> Result:
