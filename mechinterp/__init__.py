@@ -49,6 +49,7 @@ _NAMES = {
     "Grad": "mechinterp.core.analyzer",
     "Sweep": "mechinterp.core.analyzer",
     "Edit": "mechinterp.core.analyzer",
+    "Path": "mechinterp.core.analyzer",
     "Batch": "mechinterp.core.analyzer",
     "Context": "mechinterp.core.analyzer",
     "Part": "mechinterp.core.result",
@@ -78,7 +79,11 @@ _NAMES = {
     "PathPatching": "mechinterp.analyzers.paths",
     "Ablation": "mechinterp.analyzers.ablation",
     "EdgeAttribution": "mechinterp.analyzers.edges",
+    "GradientAnalysis": "mechinterp.analyzers.gradients",
+    "NeuronImportance": "mechinterp.analyzers.gradients",
+    "TokenAttribution": "mechinterp.analyzers.token_attribution",
     "Circuit": "mechinterp.studies.circuits",
+    "classify": "mechinterp.studies.classification",
 }
 _MODULES = ("errors", "sites", "studies", "tasks", "testing")
 
@@ -97,6 +102,8 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
+    from mechinterp.analyzers.gradients import GradientAnalysis as GradientAnalysis
+    from mechinterp.analyzers.gradients import NeuronImportance as NeuronImportance
     from mechinterp.analyzers.head_weights import HeadWeights as HeadWeights
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.hotspots import Hotspots as Hotspots
@@ -107,6 +114,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.syntax import SyntacticHeads as SyntacticHeads
+    from mechinterp.analyzers.token_attribution import TokenAttribution as TokenAttribution
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,
@@ -128,6 +136,9 @@ if TYPE_CHECKING:
     )
     from mechinterp.core.analyzer import (
         Own as Own,
+    )
+    from mechinterp.core.analyzer import (
+        Path as Path,
     )
     from mechinterp.core.analyzer import (
         Sweep as Sweep,
@@ -204,6 +215,7 @@ if TYPE_CHECKING:
     from mechinterp.sites import Site as Site
     from mechinterp.sites import Sites as Sites
     from mechinterp.studies.circuits import Circuit as Circuit
+    from mechinterp.studies.classification import classify as classify
 
 
 def __getattr__(name: str) -> Any:

@@ -32,13 +32,16 @@ TABLE = {
         "causal-tracing": "tracing:CausalTracing",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "edge-attribution": "edges:EdgeAttribution",
+        "gradient-analysis": "gradients:GradientAnalysis",
         "head-clusters": "clusters:HeadClusters",
         "head-roles": "heads:HeadRoles",
         "head-weights": "head_weights:HeadWeights",
         "hotspots": "hotspots:Hotspots",
         "logit-lens": "lens:LogitLens",
+        "neuron-importance": "gradients:NeuronImportance",
         "path-patching": "paths:PathPatching",
         "syntactic-heads": "syntax:SyntacticHeads",
+        "token-attribution": "token_attribution:TokenAttribution",
     }.items()
 }
 """Our own analyzers, imported when they are found."""

@@ -7,7 +7,7 @@ Neither side imports the other: all that they share is in this file.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.result import Part, Result
-from mechinterp.core.tokens import TokenBatch, Tokens
+from mechinterp.core.tokens import BASELINES, Baseline, TokenBatch, Tokens
 from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import NeedsError
 from mechinterp.shapes import Scores
@@ -32,6 +32,28 @@ Chosen: TypeAlias = str | tuple[int | tuple[int, ...], ...] | None
 
 
 @dataclass(frozen=True)
+class Path:
+    """A straight line between a baseline embedding and a run's own: the path of integrated gradients.
+
+    At the k-th point the tokens at `positions` have baseline + shares[k] × (own - baseline).
+
+    Attributes:
+        baseline: a named embedding, as `Model.baseline` gives it.
+        positions: of the tokens that are moved, such as a span; None for all.
+        weights: of each point in the sum of gradients.
+    """
+
+    baseline: Baseline
+    shares: tuple[float, ...]
+    weights: tuple[float, ...]
+    positions: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.shares or len(self.shares) != len(self.weights):
+            raise NeedsError(f"a Path must have points, and a weight for each. Got {self.shares} and {self.weights}")
+
+
+@dataclass(frozen=True)
 class Grad:
     """The gradient of the summed metric at sites, in one run. One backward per distinct metric and run.
 
@@ -42,6 +64,7 @@ class Grad:
             which is a point on the path of integrated gradients.
         given: interventions in force in the run, such as an `Apply` that detaches a site from the graph.
             Where one cuts a site off from the metric, its gradient is zero.
+        along: the gradients at these points, weighed and added up, in place of the gradient of the run itself.
     """
 
     sites: Site | Sites | str | tuple[Site | Sites | str, ...]
@@ -50,6 +73,11 @@ class Grad:
     reads: Site | Sites | str | tuple[Site | Sites | str, ...] = ()
     between: tuple[tuple[Site | Sites | str, float], ...] = ()
     given: tuple[Intervention, ...] = ()
+    along: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.along is not None and (self.between or self.reads):
+            raise NeedsError("a Grad along a Path is of many runs; it is not between two others, and has no reads")
 
     def run(self, n_layers: int) -> "Grad":
         """The run alone: equal for all who can share its pass.
@@ -62,14 +90,23 @@ class Grad:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edited input: the tokens at `positions` replaced by `tokens`, or deleted when it is None."""
+    """An edited input: the tokens at `positions` replaced by `tokens`, or deleted when it is None.
 
-    positions: tuple[int, ...]
-    tokens: tuple[int, ...] | None = None
+    Positions may be a name, such as that of a span, or None for all tokens. ``"mean"``, ``"zero"`` and ``"pad"`` put
+    that embedding in the tokens' place (`Model.baseline`).
+    """
+
+    positions: tuple[int, ...] | str | None
+    tokens: tuple[int, ...] | Baseline | None = None
 
     def __post_init__(self) -> None:
-        if not self.positions or (self.tokens is not None and len(self.tokens) != len(self.positions)):
-            raise NeedsError(f"an Edit must name positions and as many tokens, or None. Got {self}")
+        named = isinstance(self.tokens, str)
+        if named and self.tokens not in BASELINES:
+            raise NeedsError(f"the embedding of an Edit must be one of {', '.join(BASELINES)}. Got {self.tokens!r}")
+        listed = self.positions if isinstance(self.positions, tuple) else ()
+        fits = self.tokens is None or named or len(self.tokens) == len(listed)
+        if self.positions in ((), "") or not fits:
+            raise NeedsError(f"an Edit must name positions, and list as many tokens as positions. Got {self}")
 
 
 @dataclass(frozen=True)
@@ -95,7 +132,8 @@ class Sweep:
             there; with ``positions="each"`` only at the positions that the row writes.
         rows: what each row writes, in place of a grid: interventions, and sites that get the source
             run's values; the ``row`` axis.
-        edits: for every example (in the order of the whole set) its edited inputs; the ``edit`` axis.
+        edits: for every example (in the order of the whole set) its edited inputs, or those of each example alike;
+            the ``edit`` axis.
         reads: sites wanted from every row (all on the edited run).
     """
 
@@ -111,7 +149,7 @@ class Sweep:
     given: tuple[Intervention, ...] = ()
     held: tuple[Site | Sites, ...] = ()
     rows: tuple[tuple[Intervention | Site, ...], ...] = ()
-    edits: tuple[tuple[Edit, ...], ...] = ()
+    edits: tuple[tuple[Edit, ...], ...] | tuple[Edit, ...] = ()
     reads: tuple[Site, ...] = ()
 
     def __post_init__(self) -> None:
@@ -129,6 +167,20 @@ class Sweep:
             raise NeedsError("a row of a Sweep must write something. Got an empty one")
         if self.metric is None and not self.reads:
             raise NeedsError("a Sweep must have a metric or reads, or its rows leave nothing behind")
+
+    def edits_of(self, example: int) -> tuple[Edit, ...]:
+        """The edited inputs of one example, by its number in the whole set.
+
+        Raises:
+            NeedsError: it has no list of them.
+        """
+        if all(isinstance(one, Edit) for one in self.edits):
+            return self.edits  # pyright: ignore[reportReturnType] -- what was just checked
+        if example >= len(self.edits):
+            raise NeedsError(
+                f"the sweep has edits for {len(self.edits)} examples and none for {example}; give one list each"
+            )
+        return self.edits[example]  # pyright: ignore[reportReturnType]
 
     @property
     def patches(self) -> bool:
@@ -184,6 +236,13 @@ class Needs:
     on: Mapping[str, Own] = field(default_factory=dict)
 
 
+@runtime_checkable
+class Rerun(Protocol):
+    """``batch.rerun(sweep)``, on the batch; ``batch.rerun(sweep, some)`` on some of its examples, by row."""
+
+    def __call__(self, sweep: Sweep, some: Sequence[int] | None = None, /) -> Swept: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What one analyzer sees of one batch: what it declared, and nothing else."""
@@ -199,8 +258,8 @@ class Batch:
     values: Mapping[str, Trace]
     """Under the name of a gradient, what its `reads` asked of the run that was differentiated."""
     sweeps: Mapping[str, Swept]
-    rerun: Callable[[Sweep], Swept]
-    """Run a sweep that depends on what was just read, on this batch, at once."""
+    rerun: Rerun
+    """Run a sweep that depends on what was just read, at once."""
 
 
 @dataclass(frozen=True, eq=False)

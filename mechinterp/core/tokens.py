@@ -6,7 +6,7 @@ either side changes nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +17,9 @@ from mechinterp.shapes import TokenIds
 from mechinterp.sites import Position
 
 Span: TypeAlias = tuple[int, int]
+Baseline: TypeAlias = Literal["mean", "zero", "pad"]
+"""Embeddings that stand for no token in particular; `Model.baseline` makes them."""
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class TokenBatch:
     """Tokens already in a key/value cache, when generating."""
     categories: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
     """Word categories: for each example the tokens of every match; `members` has them as masks."""
+    blanks: Mapping[Baseline, Bool[Tensor, "example pos"]] = field(default_factory=dict)
+    """Tokens whose embedding is a baseline, whatever `ids` say."""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -174,6 +179,7 @@ class TokenBatch:
             positions={name: pick(column) for name, column in self.positions.items()},
             spans={name: pick(column) for name, column in self.spans.items()},
             categories={name: pick(column) for name, column in self.categories.items()},
+            blanks={name: which[some, :width] for name, which in self.blanks.items()},
         )
 
     def run(self, of: str) -> "TokenBatch":

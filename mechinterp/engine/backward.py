@@ -1,13 +1,14 @@
 """The backward verb: gradients of a metric at any sites, one backward per distinct metric and run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mechinterp.core.analyzer import Grad
+from mechinterp.core.analyzer import Grad, Path
 from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch
@@ -19,6 +20,8 @@ from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, real, select
 from mechinterp.sites import Site, resolve
 
+TOGETHER = 1 << 9
+"""Tokens of several points of a path that are differentiated at once: more are no faster, and take more memory."""
 KEPT = 1 << 26
 """Bytes of gradients that one analyzer alone wants, and that are kept while it looks at others."""
 Made = tuple[Mapping[Read, Tensor], Mapping[Read, Tensor]]
@@ -46,7 +49,7 @@ def backward(
         NeedsError: the metric does not depend on a site, and nothing is written.
     """
     places = list(dict.fromkeys(site.whole for site in sites))
-    with torch.enable_grad():
+    with torch.enable_grad(), _frozen(model.hf):
         head: Any = model.hf.get_submodule(model.arch.unembed)
         written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
         last = Read(Site("logits") if written else FINAL_NORM)
@@ -82,6 +85,85 @@ def backward(
         part = select(grad, site, batch.where(site.positions))
         out[Read(site)] = part.transpose(1, 2) if site.kind in PATTERN_KINDS and part.ndim == 4 else part
     return out, values
+
+
+def along(
+    model: Model,
+    batch: TokenBatch,
+    sites: Sequence[Site],
+    metric: Metric,
+    path: Path,
+    reference: Passed | None = None,
+    *,
+    writes: Sequence[Intervention] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> Mapping[Read, Tensor]:
+    """The weighted sum of gradients at the points of a path; many points of many examples in one pass."""
+    total: dict[Read, Tensor] = {}
+    baseline = model.baseline(path.baseline)
+    every = [(point, example) for example in range(len(batch)) for point in range(len(path.shares))]
+    size = _points_at_once(batch.ids.shape[1])
+    for begin in range(0, len(every), size):
+        points, examples = zip(*every[begin : begin + size], strict=True)
+        some = batch.take(examples)
+        shares, weights = (
+            torch.tensor([of[point] for point in points], device=model.device) for of in (path.shares, path.weights)
+        )
+        here = Apply(Site("embed", positions=path.positions), partial(_between, baseline, shares))
+        against = None
+        if reference is not None:
+            against = Passed({}, {metric: reference.logits[metric][list(examples)]}, reference.rows)
+        grads, _ = backward(model, some, sites, metric, against, writes=[here, *writes])
+        tick()
+        where = torch.tensor(examples, device=model.device)
+        for read, grad in grads.items():
+            weighed = grad * weights.to(grad.device).view(-1, *[1] * (grad.ndim - 1))  # in fp32 at least
+            if read not in total:
+                total[read] = weighed.new_zeros(len(batch), *_wide(read.site, batch, grad))
+            into = total[read]
+            into[tuple(slice(0, n) for n in (len(into), *weighed.shape[1:]))].index_add_(
+                0, where.to(grad.device), weighed
+            )
+    return total
+
+
+def passes_along(path: Path, examples: int, width: int) -> int:
+    """How many passes `along` makes of a batch."""
+    return -(-len(path.shares) * examples // _points_at_once(width))
+
+
+def _points_at_once(width: int) -> int:
+    return max(1, TOGETHER // width)
+
+
+def _wide(site: Site, batch: TokenBatch, grad: Tensor) -> tuple[int, ...]:
+    """The shape of a site's slice in the whole batch: some of its examples may be narrower."""
+    where = batch.where(site.positions, strict=False)
+    width = batch.ids.shape[1] if where is None else where.columns.shape[-1]
+    if where is not None and where.columns.ndim == 1:
+        return tuple(grad.shape[1:])
+    if site.kind in PATTERN_KINDS:
+        queries = grad.ndim - 2
+        return (*grad.shape[1:queries], width, batch.ids.shape[1])
+    return (width, *grad.shape[2:])
+
+
+def _between(baseline: Tensor, shares: Tensor, value: Tensor) -> Tensor:
+    shares = shares.view(-1, *[1] * (value.ndim - 1)).to(value.device)
+    return (baseline.to(value.device) + shares * (value - baseline.to(value.device))).to(value.dtype)
+
+
+@contextlib.contextmanager
+def _frozen(hf: nn.Module) -> Generator[None, None, None]:
+    """No weight is differentiated, so that nothing is kept for it."""
+    trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 class Differentiated:
@@ -125,10 +207,14 @@ class Differentiated:
             clean = self.passed.get("clean") if run.metric.compares else None
             writes = [*self._mix(run), *run.given]
             own = self.batch.run(run.of)
-            made = backward(self.model, own, at, run.metric, clean, reads=beside, writes=writes)
+            if run.along is None:
+                made = backward(self.model, own, at, run.metric, clean, reads=beside, writes=writes)
+            else:
+                made = along(self.model, own, at, run.metric, run.along, clean, writes=writes, tick=self.tick), {}
             self._kept[run] = made
             self._versions[run] = [(str(r.site), t, t._version) for some in made for r, t in some.items()]
-            self.tick()
+            if run.along is None:
+                self.tick()
         return self._kept[run]
 
     def _let_go(self) -> None:

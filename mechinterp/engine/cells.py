@@ -74,13 +74,13 @@ class Cells:
     def _edited(self) -> TokenBatch | None:
         """Every edited input; None where these examples have none."""
         base = self.batch.run(self.sweep.base)
-        pairs = [(i, one) for i, row in enumerate(self.batch.rows) for one in self.sweep.edits[row]]
+        pairs = [(i, one) for i, row in enumerate(self.batch.rows) for one in self.sweep.edits_of(row)]
         return edit(base, [i for i, _ in pairs], [one for _, one in pairs]) if pairs else None
 
     def _places(self) -> Ints:
         out = np.full((len(self.lengths), self.grid.rows), -1, np.int64)
         if self.edited is not None:
-            counts = [len(self.sweep.edits[row]) for row in self.batch.rows]
+            counts = [len(self.sweep.edits_of(row)) for row in self.batch.rows]
             for i, (first, count) in enumerate(zip(np.cumsum([0, *counts]).tolist(), counts, strict=False)):
                 out[i, :count] = np.arange(first, first + count)
         return out
@@ -200,7 +200,10 @@ class Cells:
         length: Ints = edited.lengths.cpu().numpy()
         width = min(edited.ids.shape[1], self.batch.ids.shape[1])
         base = self.batch.run(self.sweep.base).ids[torch.as_tensor(example, device=edited.ids.device), :width]
-        differs = (base != edited.ids[:, :width]).cpu().numpy() & (np.arange(width) < length[:, None])
+        changed = base != edited.ids[:, :width]
+        for blank in edited.blanks.values():
+            changed |= blank[:, :width]
+        differs = changed.cpu().numpy() & (np.arange(width) < length[:, None])
         start = np.where(differs.any(1), differs.argmax(1), np.minimum(length, self.lengths[example]))
         same = (start == length) & (length == self.lengths[example])  # a token replaced by itself
         count = len(cell)

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechinterp.core.analyzer import Wanted, as_reads
-from mechinterp.core.interventions import Intervention
+from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.metrics import Metric, Rows
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
@@ -61,6 +62,7 @@ def forward(
     everywhere = any(r.site.positions is None for r in outside)
     forced = bool(outside or metrics) and (bool(head._forward_hooks) or written)
     whole = forced or everywhere
+    writes = [*blanking(model, batch), *writes]
     needed = inside + ([Read(FINAL_NORM)] if outside or metrics else [])
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
@@ -194,6 +196,11 @@ def _join(read: Read, steps: list[Tensor]) -> Tensor:
     # A single head drops its axis, and with it the query axis moves up.
     axis = 1 if not pattern or isinstance(read.site.heads, int) else 2
     return torch.stack(steps, axis) if read.site.positions == "end" else torch.cat(steps, axis)
+
+
+def blanking(model: Model, batch: TokenBatch) -> list[Intervention]:
+    """What puts baselines in the place of a batch's blank tokens."""
+    return [Apply(Site("embed"), partial(model.blanked, blanks=batch.blanks))] if batch.blanks else []
 
 
 def call(model: Model, batch: TokenBatch, lenient: bool = False) -> None:

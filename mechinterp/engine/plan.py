@@ -16,6 +16,7 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import Tokens
 from mechinterp.core.trace import Read, Run
+from mechinterp.engine.backward import passes_along
 from mechinterp.engine.packed import packed_cost, why_full
 from mechinterp.engine.sweep import Grid, row_count, source_reads
 from mechinterp.errors import ExamplesError, MechinterpError, NeedsError
@@ -177,6 +178,7 @@ class PlannedPass:
     users: tuple[str, ...]
     examples: int
     batches: int
+    """Passes that are made; along a path of gradients, several for each batch."""
     layers: int
     """Decoder layers that are run in each pass."""
     reads: int
@@ -265,6 +267,10 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
         total = sum(tokens.lengths)
         widest = max((len(b) * max(tokens.lengths[i] for i in b) for b in batches), default=0)
         longest = max(tokens.lengths)
+
+        def longest_of(rows: tuple[int, ...], lengths: tuple[int, ...] = tokens.lengths) -> int:
+            return max(lengths[i] for i in rows)
+
         for run in work.runs():
             reads, metrics = work.reads[run], work.metrics[run]
             users = _users(work, partial(_touches, run=run))
@@ -281,9 +287,10 @@ def describe(model: Model, tokens: Tokens | None, work: Round, batch_size: int |
             n, count = model.dims.n_layers, len(sites) + len(beside)
             if run.of == "corrupted" and tokens.corrupted is None:
                 tokens.batch([0]).run("corrupted")  # says what is missing
-            passes.append(
-                PlannedPass("backward", run.of, users, len(tokens), len(batches), n, count, 1, 2 * total * n, held)
-            )
+            points = 1 if run.along is None else len(run.along.shares)
+            cost = 2 * total * n * points
+            times = sum(1 if run.along is None else passes_along(run.along, len(b), longest_of(b)) for b in batches)
+            passes.append(PlannedPass("backward", run.of, users, len(tokens), times, n, count, points, cost, held))
         for sweep, why in work.sweeps.items():
             users = _users(work, lambda need, _, sweep=sweep: sweep in need.sweeps.values())
             n = model.dims.n_layers

@@ -310,11 +310,11 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
     users = Counter(run for need in work.needs for run in {grad.run(n) for grad in need.grads.values()})
     differentiated = Differentiated(model, batch, work.grads, users, passed, partial(state.tick, "backward"))
 
-    def tick_rows(n: int) -> None:
+    def tick_rows(of: TokenBatch, n: int) -> None:
         """Whole passes, each with the row of every example."""
-        state.tick("sweep_rows", n * len(batch))
+        state.tick("sweep_rows", n * len(of))
         state.passes["sweep_passes"] += n
-        state.passes["sweep_token_layers"] += n * int(batch.lengths.sum()) * model.dims.n_layers
+        state.passes["sweep_token_layers"] += n * int(of.lengths.sum()) * model.dims.n_layers
 
     def tick_packed(what: str, n: int) -> None:
         if what == "sweep_rows":
@@ -328,22 +328,23 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         # The base run with what is given, and once more for what is held.
         state.tick("forward", (one.metric is not None and bool(one.given)) + bool(one.held))
         source = passed.get(one.source, nothing).values
-        return sweep_full(model, batch, one, source, clean, passed, tick_rows)
+        return sweep_full(model, batch, one, source, clean, passed, partial(tick_rows, batch))
 
-    def rerun(one: Sweep) -> Swept:
+    def rerun(one: Sweep, some: Sequence[int] | None = None) -> Swept:
+        mine = batch if some is None else batch.take(some)
         if state.engine == "packed" and why_full(model, one, batch.spans) is None:
-            return sweep_packed(model, batch, one, budget=state.budget, tick=tick_packed)
-        extra = {name: list(p.values.items()) for name, p in passed.items()}
+            return sweep_packed(model, mine, one, budget=state.budget, tick=tick_packed)
+        extra = {} if some is not None else {name: list(p.values.items()) for name, p in passed.items()}
         runs: dict[str, Passed] = {}
         for name in dict.fromkeys(["clean", one.base, one.source] if batch.corrupted_ids is not None else ["clean"]):
             metrics = [] if one.metric is None else [one.metric]
             reads = [r for r in source_reads(one, model) if r.of == name]
-            fresh = forward(model, batch.run(name), reads, metrics)
+            fresh = forward(model, mine.run(name), reads, metrics)
             runs[name] = Passed({**dict(extra.get(name, [])), **fresh.values}, fresh.logits, fresh.rows)
             state.tick("forward")
         state.tick("forward", (one.metric is not None and bool(one.given)) + bool(one.held))
         source = runs[one.source].values if one.source in runs else {}
-        return sweep_full(model, batch, one, source, runs["clean"], runs, tick_rows)
+        return sweep_full(model, mine, one, source, runs["clean"], runs, partial(tick_rows, mine))
 
     swept = {one: sweep(one) for one in work.sweeps}
     everything = {r: t for p in passed.values() for r, t in p.values.items()}
@@ -373,6 +374,7 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
             rerun=rerun,
         )
         whole = any(r.site.positions is None for r in mine) or bool(need.grads)
+        whole |= any(one.edits for one in need.sweeps.values())
         parts.append(_observe(analyzer, view, shared, differentiated, _layers(work, index, model), whole))
     return parts
 

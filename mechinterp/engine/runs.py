@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechinterp.core.analyzer import Sweep
 from mechinterp.core.metrics import Function, Metric
-from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.tokens import Baseline, TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.cells import Cells, Ints, Rows
 from mechinterp.engine.forward import Passed, forward
@@ -183,9 +183,10 @@ class Runs(Cells):
                 own = self.tensor(rows.cell[which] == run.cell)
                 out[own] = run.values[Read(Site("embed"))][example[own], column[own]]
             return out
-        own = self.edited.ids[self.tensor(self.place[rows.example, rows.cell][which]), self.tensor(columns)]
+        place = self.tensor(self.place[rows.example, rows.cell][which]), self.tensor(columns)
         embed: Any = self.model.hf.get_submodule(f"{self.model.arch.base}.{self.model.arch.embed}")
-        return embed(own[None])[0]
+        blanks: dict[Baseline, Tensor] = {name: blank[place] for name, blank in self.edited.blanks.items()}
+        return self.model.blanked(embed(self.edited.ids[place][None])[0], blanks)
 
     def tensor(self, numbers: Any) -> Tensor:
         return torch.as_tensor(numbers, device=self.device)

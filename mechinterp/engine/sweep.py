@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechinterp.core.analyzer import Edit, Sweep, Swept, Writes
 from mechinterp.core.interventions import Apply, Intervention
-from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.tokens import Baseline, TokenBatch
 from mechinterp.core.trace import Read
 from mechinterp.engine.forward import Passed, forward, score
 from mechinterp.errors import ExamplesError, NeedsError
@@ -169,11 +169,7 @@ def entries(sweep: Sweep, width: int, rows: Sequence[int]) -> int:
     """
     if not sweep.edits:
         return width
-    if max(rows) >= len(sweep.edits):
-        raise NeedsError(
-            f"the sweep has edits for {len(sweep.edits)} examples and none for {max(rows)}; give one list each"
-        )
-    return max(len(sweep.edits[row]) for row in rows)
+    return max(len(sweep.edits_of(row)) for row in rows)
 
 
 @torch.no_grad()
@@ -278,7 +274,7 @@ def _edits(
         raise NeedsError("a sweep of edited inputs must have a metric; their positions differ, so reads have no shape")
     base_batch = batch.run(sweep.base)
     width = entries(sweep, 0, batch.rows)
-    todo = [sweep.edits[row] for row in batch.rows]
+    todo = [sweep.edits_of(row) for row in batch.rows]
     base = runs[sweep.base] if not sweep.given else forward(model, base_batch, (), [sweep.metric], sweep.given)
     unedited = score(sweep.metric, base_batch, base, clean)
     values = unedited.new_full((len(batch), width), float("nan"))
@@ -297,24 +293,28 @@ def _rows(passed: Passed, metric: Any, rows: Sequence[int]) -> Passed:
 
 
 def edit(batch: TokenBatch, rows: Sequence[int], edits: Sequence[Edit]) -> TokenBatch:
-    """The chosen rows with their tokens replaced or deleted; named positions move along, or go.
+    """The chosen rows with their tokens replaced, blanked or deleted; named positions move along, or go.
 
     Raises:
         ExamplesError: an edit outside its example, or one that deletes a whole example.
     """
     sequences: list[list[int]] = []
     kept: list[list[int]] = []
+    blanks: dict[Baseline, list[tuple[int, int]]] = {}
     for i, one in zip(rows, edits, strict=True):
         tokens = batch.ids[i][batch.mask[i]].tolist()
-        if any(not 0 <= p < len(tokens) for p in one.positions):
+        positions = _positions(batch, i, one)
+        if any(not 0 <= p < len(tokens) for p in positions):
             raise ExamplesError(f"{one} reaches outside example {batch.rows[i]}, which has {len(tokens)} tokens")
         keep = list(range(len(tokens)))
-        if one.tokens is None:
-            keep = [p for p in keep if p not in one.positions]
+        if isinstance(one.tokens, str):
+            blanks.setdefault(one.tokens, []).extend((len(sequences), p) for p in positions)
+        elif one.tokens is None:
+            keep = [p for p in keep if p not in positions]
             if not keep:
                 raise ExamplesError(f"{one} deletes all of example {batch.rows[i]}; leave at least one token")
         else:
-            for p, token in zip(one.positions, one.tokens, strict=True):
+            for p, token in zip(positions, one.tokens, strict=True):
                 tokens[p] = token
         sequences.append([tokens[p] for p in keep])
         kept.append(keep)
@@ -334,4 +334,25 @@ def edit(batch: TokenBatch, rows: Sequence[int], edits: Sequence[Edit]) -> Token
         answers=None if batch.answers is None else tuple(batch.answers[i] for i in rows),
         labels=None if batch.labels is None else tuple(batch.labels[i] for i in rows),
         positions=positions,
+        blanks={name: _marked(ids, where) for name, where in blanks.items()},
     )
+
+
+def _positions(batch: TokenBatch, row: int, one: Edit) -> Sequence[int]:
+    """Tokens of one example that an edit is of, counted from its first."""
+    if isinstance(one.positions, tuple):
+        return one.positions
+    where = batch.where(one.positions)
+    start = int(batch.starts[row])
+    if where is None:
+        return range(int(batch.lengths[row]))
+    columns = where.columns[row].reshape(-1)
+    valid = torch.ones_like(columns, dtype=torch.bool) if where.valid is None else where.valid[row].reshape(-1)
+    return [column - start for column in columns[valid].tolist()]
+
+
+def _marked(ids: Tensor, where: Sequence[tuple[int, int]]) -> Tensor:
+    """True at these (row, column)."""
+    out = torch.zeros_like(ids, dtype=torch.bool)
+    out[tuple(torch.tensor(where, device=ids.device).T)] = True
+    return out

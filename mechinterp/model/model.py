@@ -2,19 +2,19 @@
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.core.analyzer import Wanted
 from mechinterp.core.display import html_table
 from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
-from mechinterp.core.tokens import Tokens
+from mechinterp.core.tokens import Baseline, Tokens
 from mechinterp.core.trace import Trace
 from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.model.architecture import Dims, architecture, audit, lacks
@@ -54,6 +54,8 @@ class Model(WeightsByHead):
         self.arch = replace(row, unembed=head)
         self.dims = Dims.of(self.hf.config, self.arch, classifies=head == "score")
         audit(self.hf, self.arch, self.dims)
+        self._mean: tuple[tuple[int, int], Tensor] | None = None
+        """The mean embedding, and of which weights it is."""
         self.name = name or str(getattr(self.hf.config, "_name_or_path", "")) or type(self.hf).__name__
 
     @classmethod
@@ -219,6 +221,34 @@ class Model(WeightsByHead):
     @property
     def dtype(self) -> torch.dtype:
         return self._module(f"{self.arch.base}.{self.arch.embed}").weight.dtype
+
+    def baseline(self, name: Baseline) -> Float[Tensor, "d_model"]:
+        """An embedding that stands for no token in particular: of a masked token, or where a path begins.
+
+        ``"mean"`` is the mean over the vocabulary, ``"zero"`` is 0, and ``"pad"`` the padding token's (or, in a
+        tokenizer without one, that of the end of text).
+
+        Raises:
+            ModelError: ``"pad"`` where the tokenizer has neither.
+        """
+        weight = self._module(f"{self.arch.base}.{self.arch.embed}").weight.detach()
+        if name == "zero":
+            return torch.zeros_like(weight[0])
+        if name == "pad":
+            ids = (getattr(self.tokenizer, f"{kind}_token_id", None) for kind in ("pad", "eos"))
+            if (token := next((i for i in ids if i is not None), None)) is None:
+                raise ModelError(f"{self.name} has no padding token; use the baseline 'mean' or 'zero'")
+            return weight[token]
+        state = weight.data_ptr(), weight._version
+        if self._mean is None or self._mean[0] != state:  # of a large vocabulary it takes a while
+            self._mean = state, weight.mean(0, dtype=torch.float32).to(weight.dtype)
+        return self._mean[1]
+
+    def blanked(self, embedded: Tensor, blanks: Mapping[Baseline, Tensor]) -> Tensor:
+        """Embeddings with baselines where `blanks` say so."""
+        for name, where in blanks.items():
+            embedded = torch.where(where[..., None], self.baseline(name), embedded)
+        return embedded
 
     def norm(self, resid: Resid) -> Resid:
         """The final norm, by the model's own module."""

@@ -3,12 +3,14 @@
 from mechinterp.studies.attention import AttentionStudy as AttentionStudy
 from mechinterp.studies.attention import attention_study as attention_study
 from mechinterp.studies.circuits import Circuit as Circuit
+from mechinterp.studies.classification import classify as classify
 from mechinterp.studies.comparing import compare_attention as compare_attention
 from mechinterp.studies.comparing import compare_models as compare_models
 from mechinterp.studies.configuration import StudyConfig as StudyConfig
 from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
 from mechinterp.studies.dialogue import Dialogue as Dialogue
 from mechinterp.studies.discovery import discover as discover
+from mechinterp.studies.erasing import erase_tokens as erase_tokens
 from mechinterp.studies.evaluation import completeness as completeness
 from mechinterp.studies.evaluation import faithfulness as faithfulness
 from mechinterp.studies.evaluation import faithfulness_curve as faithfulness_curve
@@ -26,8 +28,10 @@ __all__ = [
     "compare_models",
     "StudyConfig",
     "attention_study",
+    "classify",
     "completeness",
     "discover",
+    "erase_tokens",
     "faithfulness",
     "faithfulness_curve",
     "minimality",
