@@ -43,9 +43,9 @@ def test_what_is_lost_is_that_of_plain_embeddings(model: mi.Model) -> None:
 def test_the_better_of_two_orders_is_more_comprehensive(llama: mi.Model) -> None:
     """Tokens in the order of what masking each alone takes away, and the same order turned round."""
     metric = mi.logit_diff()
-    some = mi.tasks.ioi(12, seed=1)
+    some = mi.tasks.ioi(6, seed=1)
     plain = mi.Examples.of(some.texts, answers=some.answers)
-    result = mi.run(llama, plain, mi.TokenAttribution("partition-shap", metric, evaluations=120))
+    result = mi.run(llama, plain, mi.TokenAttribution("partition-shap", metric, evaluations=60))
     worse = result.data.copy()
     worse["attribution"] = -worse["attribution"]
     pair = {"shap": result, "reversed": mi.Result(worse)}

@@ -64,7 +64,9 @@ class TokenAttribution(Analyzer):
 
     Attributes:
         metric: what is attributed; it must have a gradient for the first three methods.
-        positions: the name of a span whose tokens are attributed, such as the text in a template; None for all.
+        positions: the name of a span whose tokens are attributed, such as the text in a template; None for all. The
+            first token of a prompt is often an attention sink, and without it nothing is as it was: masking it says
+            little about its meaning, and integrated gradients through it take very many steps. A span leaves it out.
         baseline: the embedding of a masked token, and the beginning of the path: ``"mean"`` over the vocabulary,
             ``"pad"``, or ``"zero"``. With RMSNorm zero is nearly singular, and takes very many steps.
         steps: points on the path of integrated gradients.
