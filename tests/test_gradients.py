@@ -47,15 +47,12 @@ def test_norms_equal_hooks_on_plain_hugging_face(model: mi.Model, ids: list[list
     assert (found["attention_norm"].values > 0).all()
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_gradient_analysis_keeps_the_contract(attention: bool) -> None:
-    models = [mi.testing.tiny("qwen3_moe")]
-    mi.testing.check_analyzer(mi.GradientAnalysis(mi.logit_diff(), attention=attention), models=models)
+def test_gradient_analysis_keeps_the_contract() -> None:
+    mi.testing.check_analyzer(mi.GradientAnalysis(mi.logit_diff()), models=[mi.testing.tiny("qwen3_moe")])
 
 
-@pytest.mark.parametrize("method", ["gradient", "gradient-x-activation", "integrated-gradients"])
-def test_neuron_importance_keeps_the_contract(method: str) -> None:
-    analyzer = mi.NeuronImportance(mi.logit_diff(), method, sizes=(1, 5), steps=3)  # type: ignore[arg-type]
+def test_neuron_importance_keeps_the_contract() -> None:
+    analyzer = mi.NeuronImportance(mi.logit_diff(), "integrated-gradients", sizes=(1, 5), steps=3)
     mi.testing.check_analyzer(analyzer, models=[mi.testing.tiny("qwen2")], ties=("rank", "curve", "ci_low", "ci_high"))
 
 

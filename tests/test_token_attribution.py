@@ -113,7 +113,7 @@ def test_linear_games_are_divided_exactly() -> None:
         np.testing.assert_allclose(game.attribute(method), weights, atol=tolerance, err_msg=method)
 
 
-@pytest.mark.parametrize("method", ["grad-x-input", "integrated-gradients", "partition-shap"])
+@pytest.mark.parametrize("method", ["grad-x-input", "integrated-gradients", "kernel-shap"])
 def test_it_keeps_the_contract(method: str) -> None:
     analyzer = mi.TokenAttribution(method, mi.logit_diff(), steps=4, evaluations=10)  # type: ignore[arg-type]
     some = mi.tasks.ioi(4, seed=3)
