@@ -48,7 +48,7 @@ def test_the_whole_table(model: mi.Model, analyzer: mi.Analyzer, ties: tuple[str
 
 def test_the_whole_table_is_checked() -> None:
     elsewhere = {mi.AttentionByCategory, mi.AttentionPatterns, mi.AttentionProfile}  # test_categories, test_patterns
-    elsewhere |= {mi.TokenAttribution, mi.GradientAnalysis, mi.NeuronImportance}  # test_token_attribution, test_gradients
+    elsewhere |= {mi.TokenAttribution, mi.GradientAnalysis, mi.NeuronImportance}  # in theirs
     assert {type(analyzer) for analyzer, _ in ANALYZERS} | elsewhere == {find(name) for name in TABLE}
 
 
