@@ -6,8 +6,9 @@ import torch
 
 import mechinterp as mi
 from mechinterp import sites
+from mechinterp.core.analyzer import Path
 from mechinterp.core.trace import Read
-from mechinterp.engine.backward import backward
+from mechinterp.engine.backward import along, backward
 from mechinterp.engine.forward import forward, score
 from mechinterp.errors import NeedsError, SiteError
 from mechinterp.sites import Site
@@ -143,3 +144,22 @@ def test_a_site_that_is_cut_off_has_no_gradient(model: mi.Model, ids: list[list[
     whole, _ = backward(model, batch, at, mi.logit_diff())
     assert float(grads[Read(at[2])].abs().max()) > 0.0
     assert not torch.allclose(grads[Read(at[2])], whole[Read(at[2])])
+
+
+def test_a_path_is_the_weighted_sum_of_its_points(
+    model: mi.Model, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many points of examples of several lengths in one pass, against one pass for each point."""
+    batch = model.tokenize(examples(ids)).batch(range(3))
+    places = [Site("embed"), Site("resid_post", 1), Site("z", 1, heads=2, positions="end"), Site("pattern", 1)]
+    path, base = Path("mean", (0.1, 0.7, 1.0), (0.5, 0.25, 0.25)), model.baseline("mean")
+    monkeypatch.setattr("mechinterp.engine.backward.TOGETHER", 36)  # so that passes part examples and points
+    passes: list[int] = []
+    found = along(model, batch, places, mi.logit_diff(), path, tick=lambda: passes.append(1))
+    assert len(passes) == 3
+    for site in places:
+        expected = torch.zeros_like(found[Read(site)])
+        for share, weight in zip(path.shares, path.weights, strict=True):
+            point = mi.Apply(sites.embed(), lambda own, share=share: torch.lerp(base.expand_as(own), own, share))
+            expected += weight * backward(model, batch, [site], mi.logit_diff(), writes=[point])[0][Read(site)]
+        torch.testing.assert_close(found[Read(site)], expected, atol=1e-5, rtol=1e-3)

@@ -65,6 +65,9 @@ def test_bad_input(llama: mi.Model) -> None:
         erase_tokens(llama, examples(), {"a": result}, mi.answer_logit(), fractions=(0.0, 2.0))
     with pytest.raises(NeedsError, match="has no attribution of tokens"):
         erase_tokens(llama, examples(), {"a": mi.run(llama, examples(), mi.LogitLens())}, mi.answer_logit())
+    single = mi.Examples.of([[7]], answers=[(5, 9)])
+    with pytest.raises(NeedsError, match="fewer than two attributed tokens"):
+        erase_tokens(llama, single, {"a": mi.run(llama, single, mi.TokenAttribution("saliency"))}, mi.answer_logit())
     other = mi.run(llama, mi.Examples.of(IDS[:1], answers=[(5, 9)]), mi.TokenAttribution("saliency"))
     with pytest.raises(NeedsError, match="are of other tokens"):
         erase_tokens(llama, examples(), {"a": result, "b": other}, mi.answer_logit())

@@ -35,8 +35,8 @@ class GradientAnalysis(Analyzer):
     ``attention_norm`` (``example layer head``), the Frobenius norm of the gradient at a head's pattern; all in units
     of the metric for each unit of activation (of attention). ``by_layer`` (``kind layer``) with ``ci_low, ci_high``
     is the mean over examples of the norm of all positions together, with a 95% bootstrap interval. ``token``
-    (``example position``) is the text. A gradient is what an infinitely small change would do: where a component is
-    saturated it is small though the component matters.
+    (``example position``) is the text. At the input it is the saliency of Simonyan et al. (2014). A gradient is
+    what an infinitely small change would do: where a component is saturated it is small though the component matters.
 
     Attributes:
         metric: what is differentiated.
@@ -101,8 +101,9 @@ class NeuronImportance(Analyzer):
 
     ``score`` of a neuron (at mlp_act, the input of the MLP's last matrix), summed over positions and averaged over
     examples: ``"gradient"``, the mean size of its gradient; ``"gradient-x-activation"``, activation · gradient, to
-    first order what zeroing it would take from the metric (with its sign: positive helps); ``"integrated-gradients"``,
-    the same with the gradient averaged over `steps` points between the baseline embedding and the input.
+    first order what zeroing it would take from the metric (Molchanov et al. 2017; with its sign: positive helps);
+    ``"integrated-gradients"``, the same with the gradient averaged over `steps` points between the baseline embedding
+    and the input (after Sundararajan et al. 2017; scores of a layer do not add up to the metric's change).
     They are approximations: later layers may compensate or amplify what a neuron does. So a second round zeroes
     the `top` neurons together, for each size in `sizes`, beside as many random ones.
 
@@ -146,10 +147,7 @@ class NeuronImportance(Analyzer):
         there = model.dims.n_layers * model.dims.d_mlp
         if max(self.sizes) > there:
             raise NeedsError(f"{max(self.sizes)} neurons cannot be switched off: there are {there}; give smaller sizes")
-        path = None
-        if self.method == "integrated-gradients":
-            at, weights = np.polynomial.legendre.leggauss(self.steps)
-            path = Path(self.baseline, tuple(((at + 1) / 2).tolist()), tuple((weights / 2).tolist()))
+        path = Path.of(self.baseline, self.steps) if self.method == "integrated-gradients" else None
         return Needs(reads=sites.mlp_act(), grads={"mlp_act": Grad(sites.mlp_act(), self.metric, along=path)})
 
     def observe(self, batch: Batch) -> Part:

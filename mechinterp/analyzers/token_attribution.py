@@ -117,11 +117,7 @@ class TokenAttribution(Analyzer):
 
     def _mean_gradient(self, steps: int) -> Grad:
         """The gradient on the line from the baseline to the input, averaged by quadrature."""
-        at, weights = np.polynomial.legendre.leggauss(steps)
-        path = Path(
-            self.baseline, tuple(((at + 1) / 2).tolist()), tuple((weights / 2).tolist()), self.positions
-        )  # fmt: skip
-        return Grad(sites.embed(), self.metric, along=path)
+        return Grad(sites.embed(), self.metric, along=Path.of(self.baseline, steps, self.positions))
 
     def observe(self, batch: Batch) -> Part:
         swept = batch.sweeps["ends"]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from mechinterp.core.examples import Examples
@@ -51,6 +52,12 @@ class Path:
     def __post_init__(self) -> None:
         if not self.shares or len(self.shares) != len(self.weights):
             raise NeedsError(f"a Path must have points, and a weight for each. Got {self.shares} and {self.weights}")
+
+    @classmethod
+    def of(cls, baseline: Baseline, steps: int, positions: str | None = None) -> "Path":
+        """The mean over the whole line, by Gauss-Legendre quadrature with so many points."""
+        at, weights = np.polynomial.legendre.leggauss(steps)
+        return cls(baseline, tuple(((at + 1) / 2).tolist()), tuple((weights / 2).tolist()), positions)
 
 
 @dataclass(frozen=True)

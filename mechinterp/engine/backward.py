@@ -1,12 +1,11 @@
 """The backward verb: gradients of a metric at any sites, one backward per distinct metric and run."""
 
-import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechinterp.core.analyzer import Grad, Path
 from mechinterp.core.interventions import Apply, Intervention
@@ -49,7 +48,7 @@ def backward(
         NeedsError: the metric does not depend on a site, and nothing is written.
     """
     places = list(dict.fromkeys(site.whole for site in sites))
-    with torch.enable_grad(), _frozen(model.hf):
+    with torch.enable_grad():
         head: Any = model.hf.get_submodule(model.arch.unembed)
         written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
         last = Read(Site("logits") if written else FINAL_NORM)
@@ -151,19 +150,6 @@ def _wide(site: Site, batch: TokenBatch, grad: Tensor) -> tuple[int, ...]:
 def _between(baseline: Tensor, shares: Tensor, value: Tensor) -> Tensor:
     shares = shares.view(-1, *[1] * (value.ndim - 1)).to(value.device)
     return (baseline.to(value.device) + shares * (value - baseline.to(value.device))).to(value.dtype)
-
-
-@contextlib.contextmanager
-def _frozen(hf: nn.Module) -> Generator[None, None, None]:
-    """No weight is differentiated, so that nothing is kept for it."""
-    trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class Differentiated:

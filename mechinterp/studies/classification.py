@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def _scores(
     return tuple(words), found.log_probs
 
 
+@dataclass(frozen=True)
 class _Logits(Analyzer):
     """Log-probability of each label of a classifier."""
 

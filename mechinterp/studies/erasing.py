@@ -49,7 +49,8 @@ def erase_tokens(
         attributions: results of `TokenAttribution` on the same examples, by a name for each.
         metric: what the tokens are to be necessary and sufficient for, usually the attributed one.
     Raises:
-        NeedsError: no attributions, one of other examples, or a fraction that is none; the name ``random`` is taken.
+        NeedsError: no attributions, one of other examples or of a single token, or a fraction that is none; the name
+            ``random`` is taken.
     """
     if not attributions or RANDOM in attributions:
         raise NeedsError(f"give attributions, by names other than {RANDOM!r}. Got {list(attributions)}")
@@ -60,6 +61,8 @@ def erase_tokens(
     for name, other in values.items():
         if [np.isfinite(row).tolist() for row in other] != [np.isfinite(row).tolist() for row in first]:
             raise NeedsError(f"the attributions {name!r} are of other tokens than the first; run both on the same")
+    if small := [i for i, row in enumerate(first) if np.isfinite(row).sum() < 2]:
+        raise NeedsError(f"example {small[0]} has fewer than two attributed tokens, so none can be left; leave it out")
     rng = np.random.default_rng(seed)
     values[RANDOM] = [np.where(np.isfinite(row), rng.random(len(row)), np.nan) for row in first]
     edits = tuple(tuple(_edits([of[i] for of in values.values()], fractions, baseline)) for i in range(len(first)))
@@ -91,9 +94,9 @@ def _edits(rows: Sequence[Floats], fractions: Sequence[float], baseline: Baselin
         there = np.flatnonzero(np.isfinite(row))
         order = there[np.argsort(-row[there], kind="stable")]
         for share in fractions:
-            k = min(max(1, round(share * len(order))), len(order) - 1) if len(order) > 1 else 1
+            k = min(max(1, round(share * len(order))), len(order) - 1)
             yield Edit(tuple(order[:k].tolist()), baseline)
-            yield Edit(tuple(order[k:].tolist() or order.tolist()), baseline)
+            yield Edit(tuple(order[k:].tolist()), baseline)
 
 
 @dataclass(frozen=True)
