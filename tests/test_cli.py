@@ -359,15 +359,19 @@ def test_interrupt_while_writing_leaves_nothing(here: Path, tiny_folder: Path, m
 
 
 def test_ctrl_c_in_a_real_process(here: Path, tiny_folder: Path) -> None:
-    """SIGINT at the moment when the hidden folder appears."""
+    """SIGINT at the moment when the hidden folder appears; once more where a busy machine let the study end first."""
     command = [sys.executable, "-m", "mechinterp.cli.main", "demo", "--model", str(tiny_folder), "--n", "2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here) as process:
-        deadline = time.monotonic() + 120
-        while process.poll() is None and not os.listdir(here) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert os.listdir(here), "the study was never begun"
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here) as process:
+            deadline = time.monotonic() + 120
+            while process.poll() is None and not os.listdir(here) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert os.listdir(here), "the study was never begun"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(here / "mechinterp-demo")
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("interrupted")
