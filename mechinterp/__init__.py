@@ -38,6 +38,7 @@ _NAMES = {
     "Knockout": "mechinterp.core.interventions",
     "Apply": "mechinterp.core.interventions",
     "Metric": "mechinterp.core.metrics",
+    "log_odds": "mechinterp.core.metrics",
     "logit_diff": "mechinterp.core.metrics",
     "answer_logit": "mechinterp.core.metrics",
     "answer_prob": "mechinterp.core.metrics",
@@ -189,6 +190,9 @@ if TYPE_CHECKING:
     )
     from mechinterp.core.metrics import (
         kl as kl,
+    )
+    from mechinterp.core.metrics import (
+        log_odds as log_odds,
     )
     from mechinterp.core.metrics import (
         logit_diff as logit_diff,

@@ -68,7 +68,12 @@ GIVEN = (
     (mi.Scale(Site("z", 1, heads=1), 0.5), mi.Zero(Site("mlp_out", 2, positions="end"))),
     (mi.Noise(Site("embed", positions="IO"), 0.5), mi.Scale(Site("resid_pre", 1), 1.1)),
 )
-ANY = {**METRICS, "loss": mi.loss(), "callable": as_metric(lambda logits: logits[:, 5] - logits.mean(-1))}
+ANY = {
+    **METRICS,
+    "odds": mi.log_odds(),
+    "loss": mi.loss(),
+    "callable": as_metric(lambda logits: logits[:, 5] - logits.mean(-1)),
+}
 HELD = ("z", "attn_out", "mlp_out", "q", "v", "k_rot", "resid_post", "pattern")
 
 

@@ -30,6 +30,7 @@ NAMES = [
     "Knockout",
     "Apply",
     "Metric",
+    "log_odds",
     "logit_diff",
     "answer_logit",
     "answer_prob",

@@ -211,6 +211,7 @@ def test_metrics_by_hand(model: mi.Model) -> None:
     class Scores(mi.Analyzer):
         def needs(self, model: mi.Model) -> mi.Needs:
             metrics = {"diff": mi.logit_diff(), "logit": mi.answer_logit(), "prob": mi.answer_prob(), "loss": mi.loss()}
+            metrics["odds"] = mi.log_odds()
             grid = {
                 n: mi.Sweep(m, sites.mlp_out(0), write=lambda s: mi.Scale(s, 1.0), base="clean")
                 for n, m in metrics.items()
@@ -230,6 +231,8 @@ def test_metrics_by_hand(model: mi.Model) -> None:
         assert float(data["diff"][row]) == pytest.approx(float(end[right].mean() - end[wrong].mean()), abs=1e-5)
         assert float(data["logit"][row]) == pytest.approx(float(end[right].mean()), abs=1e-5)
         assert float(data["prob"][row]) == pytest.approx(float(end.softmax(-1)[right].sum()), abs=1e-5)
+        odds = end.softmax(-1)[right].sum().log() - end.softmax(-1)[wrong].sum().log()
+        assert float(data["odds"][row]) == pytest.approx(float(odds), abs=1e-5)
         loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(text[1:]))
         assert float(data["loss"][row]) == pytest.approx(float(loss), abs=1e-5)
 

@@ -73,6 +73,21 @@ class AnswerLogit(Metric):
 
 
 @dataclass(frozen=True)
+class LogOdds(Metric):
+    """Log of the right answers' total probability minus that of the wrong ones', in nats."""
+
+    def rows(self, batch: TokenBatch) -> Rows:
+        return torch.cat([batch.side(0).flatten(), batch.side(1).flatten()]).unique()
+
+    def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
+        right, wrong = (
+            _chosen(logits, rows, batch.side(k)).masked_fill(batch.weights(k) == 0, -torch.inf).logsumexp(1)
+            for k in (0, 1)
+        )
+        return right - wrong
+
+
+@dataclass(frozen=True)
 class AnswerProb(Metric):
     """Total probability of the right answers; needs the whole vocabulary for its normalisation."""
 
@@ -137,6 +152,15 @@ def answer_prob(positions: int | str = "end") -> AnswerProb:
     return AnswerProb(positions)
 
 
+def log_odds(positions: int | str = "end") -> LogOdds:
+    """Log of (total probability of the right answers / that of the wrong ones), in nats. Examples need both.
+
+    With one answer on each side it is `logit_diff`; with label words on both, the log-odds of one class against all
+    others.
+    """
+    return LogOdds(positions)
+
+
 def kl(positions: int | str = "end") -> KL:
     """KL divergence from the clean run's next-token distribution, in nats."""
     return KL(positions)
@@ -154,9 +178,13 @@ def as_metric(metric: Metric | Callable[[Tensor], Tensor]) -> Metric:
 
 def _weigh(logits: Tensor, rows: Rows, ids: Tensor, weights: Tensor) -> Scores:
     """Sum of weighted logits of chosen ids, for ``example rows``."""
+    return (_chosen(logits, rows, ids) * weights).sum(1)
+
+
+def _chosen(logits: Tensor, rows: Rows, ids: Tensor) -> Tensor:
+    """Logits of chosen ids, of ``example rows``."""
     if logits.ndim != 2:
         raise ExamplesError(
             f"this metric takes one position for each example, and got logits of shape {tuple(logits.shape)}"
         )
-    at = ids if rows is None else torch.searchsorted(rows, ids)
-    return (logits.gather(1, at) * weights).sum(1)
+    return logits.gather(1, ids if rows is None else torch.searchsorted(rows, ids))
