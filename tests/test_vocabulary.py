@@ -178,3 +178,16 @@ def test_nothing_is_a_silent_zero() -> None:
         examples.with_category("p", [[(0, 1)], []])
     with pytest.raises(ExamplesError, match="example 0 is token ids, which have no words"):
         mi.Examples.of([[1, 2]]).categorize(UP)
+
+
+def test_a_span_in_a_chat_counts_its_contents(smollm2: mi.Model) -> None:
+    from dataclasses import replace
+
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The wine was bad."}]
+    at = len("Be brief.\nThe ")
+    plain = mi.Examples.chat([chat])
+    examples = replace(plain, spans={"noun": ((at, at + 4),)}, positions={"noun_end": ((at, at + 4),)})
+    tokens = smollm2.tokenize(examples)
+    start, stop = tokens.spans["noun"][0]
+    assert smollm2.to_str_tokens(tokens.ids[0][start:stop]) == [" wine"]
+    assert tokens.positions["noun_end"] == (stop - 1,)

@@ -17,7 +17,7 @@ from mechinterp import sites
 from mechinterp.analyzers.gradients import check_gradients, token_texts
 from mechinterp.analyzers.perturbing import Floats, Game, Masks, check_package
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Edit, Grad, Model, Needs, Path, Sweep
-from mechinterp.core.display import count
+from mechinterp.core.display import count, term
 from mechinterp.core.metrics import Metric, answer_logit
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.tokens import BASELINES, Baseline
@@ -31,7 +31,6 @@ ADDITIVE = {
     "partition-shap": "additivity_error",
 }
 """Methods whose attributions add up to what masking everything changes, and what the rest is called."""
-PUNCTUATION = ".,;:!?()[]{}\"'"
 MANY = 16
 """Times `steps` at most, to bring the completeness error down."""
 
@@ -260,12 +259,12 @@ def _by_term(words: Sequence[Sequence[tuple[str, float]]]) -> dict[str, xr.DataA
     """Over all examples, what each word contributes where it occurs, in the order of its mean size."""
     found: dict[str, list[float]] = defaultdict(list)
     for word, value in (pair for row in words for pair in row):
-        found[word.strip(PUNCTUATION).lower() or word].append(value)
-    terms = sorted(found, key=lambda term: -float(np.mean(np.abs(found[term]))))
+        found[term(word)].append(value)
+    terms = sorted(found, key=lambda name: -float(np.mean(np.abs(found[name]))))
     columns = {
-        "mean_attribution": [float(np.mean(found[term])) for term in terms],
-        "mean_size": [float(np.mean(np.abs(found[term]))) for term in terms],
-        "occurrences": [len(found[term]) for term in terms],
+        "mean_attribution": [float(np.mean(found[name])) for name in terms],
+        "mean_size": [float(np.mean(np.abs(found[name]))) for name in terms],
+        "occurrences": [len(found[name]) for name in terms],
     }
     return {name: xr.DataArray(column, {"term": terms}, ("term",)) for name, column in columns.items()}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+PUNCTUATION = ".,;:!?()[]{}\"'"
 ROWS = 20
 """Rows of a table in a notebook; what is left out is said."""
 
@@ -40,6 +41,11 @@ def visible(text: str, width: int | None = None, spaces: bool = True) -> str:
         left = len(shown) - len(shown.lstrip(" "))
         shown = "␣" * left + inner + "␣" * (len(shown) - left - len(inner))
     return shown if width is None or len(shown) <= width else shown[: width - 1] + "…"
+
+
+def term(word: str) -> str:
+    """A word as what it is counted as over many texts: in lower case, without punctuation around it."""
+    return word.strip(PUNCTUATION).lower() or word
 
 
 def _row(tag: str, cells: Sequence[Any], sides: Sequence[str]) -> str:

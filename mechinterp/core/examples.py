@@ -36,7 +36,8 @@ class Examples:
     """Texts, with what is known about them. Build with `of`, `pairs`, `chat` or `from_*`.
 
     An example is a string, a tuple of token ids, or a `Chat`. Spans are half-open; in strings they
-    count characters, in token ids tokens. A name in `positions` means one token, the last of its
+    count characters, in token ids tokens, in a chat the characters of its contents, joined by line breaks, wherever
+    the template puts these. A name in `positions` means one token, the last of its
     span; a name in `spans` means every token that the span touches.
     """
 
@@ -48,8 +49,7 @@ class Examples:
     positions: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     spans: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
     categories: Mapping[str, tuple[tuple[Span, ...], ...]] = field(default_factory=dict)
-    """Word categories: for each text any number of spans. In a chat they count the characters of its contents,
-    joined by line breaks, wherever the template puts these."""
+    """Word categories: for each text any number of spans."""
 
     def __post_init__(self) -> None:
         n = len(self.texts)
@@ -265,7 +265,9 @@ class Examples:
 
         def locate(name: str, spans: tuple[Span, ...]) -> tuple[Span, ...]:
             rows = zip(spans, encoded, self.texts, strict=True)
-            return tuple(_span(name, i, s, *e, text) for i, (s, e, text) in enumerate(rows))
+            return tuple(
+                _span(name, i, _rendered((s,), text, tokenizer, i)[0], *e, text) for i, (s, e, text) in enumerate(rows)
+            )
 
         def members(name: str, column: tuple[tuple[Span, ...], ...]) -> tuple[tuple[Span, ...], ...]:
             rows = zip(column, encoded, self.texts, strict=True)
@@ -427,8 +429,8 @@ def _rendered(spans: tuple[Span, ...], text: Text, tokenizer: Any, row: int) -> 
         where += [first + min(max(i - lead, 0), len(core)) for i in range(len(content) + 1)]
     if not whole:
         raise ExamplesError(
-            f"the chat template changes or moves the contents of example {row}, so the words of its categories"
-            " cannot be found in it; give the rendered text as a string"
+            f"the chat template changes or moves the contents of example {row}, so its spans and the words"
+            " of its categories cannot be found in it; give the rendered text as a string"
         )
     if bad := [span for span in spans if not 0 <= span[0] < span[1] < len(where)]:
         raise ExamplesError(f"the span {bad[0]} is outside the contents of example {row}; count their characters")

@@ -48,6 +48,7 @@ def load_hf(
     device_map: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    load_in_4bit: bool = False,
 ) -> Loaded:
     """A causal LM or a sequence classifier, whichever the checkpoint says it is.
 
@@ -57,10 +58,13 @@ def load_hf(
             classifier of a causal LM, with the head that it brings.
         dtype: the weights' own by default.
         revision: hub ids only.
+        load_in_4bit: pack the weights of linear layers by bitsandbytes (NF4; Dettmers et al. 2023); on CUDA only.
     Raises:
         ModelError: the model is unknown, its files cannot be used, or weights are missing or do not fit.
     """
     path, local = _locate(name)
+    if load_in_4bit:
+        _check_4bit()
     if revision is not None and local:
         raise ModelError(f"revision={revision!r} is for hub ids, and {name!r} is a local model; leave it out")
     if device is not None and device_map is not None:
@@ -72,6 +76,11 @@ def load_hf(
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     if revision is not None:
         options["revision"] = revision
+    if load_in_4bit:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=precision or torch.bfloat16
+        )
+        device_map = device_map or {"": device or "cuda"}
     # Not passed on as None, which would overrule what the checkpoint's configuration names.
     kernel = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _quietly(local), _explained(name, path, local):
@@ -108,6 +117,16 @@ def load_hf(
                 f"device {device!r} cannot be used here ({_first_line(error)}); give 'cpu', or one that torch has"
             ) from error
     return Loaded(hf, tokenizer, None if part is None else _attach(hf, part, name))
+
+
+def _check_4bit() -> None:
+    """Raise where weights of 4 bits cannot be had."""
+    if not torch.cuda.is_available():
+        raise ModelError("4-bit weights need a CUDA device, and there is none; leave load_in_4bit out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "4-bit weights take the package bitsandbytes, which is not installed; run: pip install bitsandbytes"
+        )
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

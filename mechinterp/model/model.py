@@ -69,6 +69,7 @@ class Model(WeightsByHead):
         device_map: Any = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
         check: bool = True,
     ) -> "Model":
         """Load a model by name.
@@ -84,6 +85,7 @@ class Model(WeightsByHead):
             device_map: accelerate's, for models on several devices, such as ``"auto"``.
             revision: branch, tag or commit of a hub id.
             attn_implementation: transformers' attention kernel; its own choice (SDPA) by default.
+            load_in_4bit: pack the weights of linear layers by bitsandbytes, on CUDA.
             check: run the quick part of `mechinterp.verify` and refuse a model that fails it.
         Raises:
             ModelError: the model is unknown, of a family without a row, or its files cannot be used.
@@ -91,6 +93,7 @@ class Model(WeightsByHead):
         if isinstance(name, torch.nn.Module):
             options = {"adapter": adapter, "dtype": dtype, "device": device, "device_map": device_map}
             options |= {"revision": revision, "attn_implementation": attn_implementation}
+            options |= {"load_in_4bit": load_in_4bit or None}
             if odd := [option for option, value in options.items() if value is not None]:
                 raise ModelError(
                     f"{', '.join(odd)} cannot be applied to a model that exists already; leave it out, or load by name"
@@ -104,6 +107,7 @@ class Model(WeightsByHead):
             device_map=device_map,
             revision=revision,
             attn_implementation=attn_implementation,
+            load_in_4bit=load_in_4bit,
         )
         model = cls(loaded.peft or loaded.hf, loaded.tokenizer, str(name))
         if check:

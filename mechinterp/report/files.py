@@ -223,6 +223,22 @@ def encode(value: Any, where: str) -> Any:
     )
 
 
+def plain(value: Any) -> Any:
+    """A value for other people's JSON readers: NaN is null, keys are text, numpy's numbers are numbers."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def plain_json(value: Any) -> str:
+    """The text of a JSON file of `plain` values."""
+    return json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def decode(value: Any) -> Any:
     """What `encode` was given."""
     if isinstance(value, list):

@@ -15,12 +15,15 @@ from mechinterp.core.display import visible
 from mechinterp.core.result import Result, View
 from mechinterp.report.figures import plotly_figure
 from mechinterp.report.panels import ALPHA, labels, rows
+from mechinterp.report.tokens import coloured_tokens
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 ROWS = 12
 """Rows of each table on the page; all of them are in the files beside it."""
+TEXTS = 20
+"""Texts shown on the colour of their tokens' attributions."""
 
 _STYLE = """
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", Arial, sans-serif; color: #222;
@@ -163,6 +166,10 @@ def _section(name: str, result: Result, explanations: Mapping[str, str], figures
             continue
         beside = "" if view.text is not None else f'<div class="numbers">{_numbers(result, view)}</div>'
         out.append(f'<div class="row">{_figure(plotly_figure(result, view), figures)}{beside}</div>')
+    if {"attribution", "token"} <= set(result.data.data_vars):
+        n = int(result.data.sizes["example"])
+        out.append(coloured_tokens(result, range(min(n, TEXTS))))
+        out.append(f'<p class="quiet">first {TEXTS} of {n} texts</p>' if n > TEXTS else "")
     return "\n".join(out)
 
 

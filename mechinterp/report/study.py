@@ -60,7 +60,7 @@ def write_study(
         explanations: analyzer name → what it does; an empty line between paragraphs.
         drawings: heading → a figure of no result's view, for the page and, as a page of its own, ``figures/``.
         pictures: heading → the same drawn by matplotlib, for ``figures/`` as PNG and SVG.
-        files: name → text or bytes of further files beside the report.
+        files: path in the folder → text or bytes of further files.
     Returns:
         The path of the report.
     Raises:
@@ -80,6 +80,7 @@ def write_study(
         for name, picture in (pictures or {}).items():
             write_picture(picture, scratch / "figures" / slug(name))
         for name, content in (files or {}).items():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
             (scratch / name).write_bytes(content.encode() if isinstance(content, str) else content)
         html = page(
             title, by_name, plan=plan, manifest=manifest, summary=summary, explanations=explanations, drawings=drawings

@@ -3,7 +3,7 @@
 import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import xarray as xr
 from mechinterp import sites
 from mechinterp.core.display import count, visible
 from mechinterp.engine.runner import provenance
+from mechinterp.report.files import plain, plain_json
 from mechinterp.report.study import write_study
 from mechinterp.studies.attention import ALPHA, AttentionStudy
 from mechinterp.studies.predictions import confusion
@@ -49,8 +50,8 @@ def write_attention_study(study: AttentionStudy) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     files: dict[str, str | bytes] = {
-        ANALYSIS: _json(analysis(study)),
-        COMPARISON: _json(comparison(study)),
+        ANALYSIS: plain_json(analysis(study)),
+        COMPARISON: plain_json(comparison(study)),
         SUMMARY: summary(study, title),
         PREDICTIONS: predictions(study),
         MATRICES: matrices(study),
@@ -236,7 +237,7 @@ def predictions(study: AttentionStudy) -> str:
             row["log_prob"] = {str(c): float(logs.sel(choice=c)) for c in logs["choice"].values}
         if "text" in study.each:
             row["generated"] = str(study.each["text"].values[i])
-        out.append(json.dumps(_plain(row), ensure_ascii=False))
+        out.append(json.dumps(plain(row), ensure_ascii=False))
     return "\n".join(out) + "\n"
 
 
@@ -393,16 +394,3 @@ def _title(study: AttentionStudy) -> str:
     if study.config.analysis.groups == "correctness":
         return f"Attention of {name} when it is right and when it is wrong"
     return f"Attention of {name} by {study.config.analysis.groups}"
-
-
-def _plain(value: Any) -> Any:
-    """Without numbers that JSON lacks: NaN is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

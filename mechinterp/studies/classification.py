@@ -71,8 +71,9 @@ def classify(
     """
     raw = texts if isinstance(texts, Examples) else Examples.of(texts)
     truth = raw.labels if gold is None else tuple(gold)
-    names, log_probs = _scores(model, raw, labels, template, answer, chat, system, batch_size, progress)
-    data = _dataset(names, log_probs, truth, seed)
+    labelling = Labelling.of(model, labels, template, answer, chat, system)
+    right = None if truth is None else labelling.right(truth, len(raw))
+    data = _dataset(labelling.names, labelling.log_probs(model, raw, batch_size, progress), right, seed)
     views = (View("bars", "value", "metric", title="How good the predictions are"),)
     if truth is None:
         views = (View("bars", "probability", "label", title="Mean probability of each label"),)
@@ -85,36 +86,95 @@ def classify(
     return Result(data, meta, views)
 
 
-def _scores(
-    model: Model,
-    examples: Examples,
-    labels: Sequence[str] | Mapping[str, str] | None,
-    template: str,
-    answer: str,
-    chat: bool,
-    system: str | None,
-    batch_size: int | None,
-    progress: Progress | bool,
-) -> tuple[tuple[str, ...], Floats]:
-    """Names of the classes, and the log of each label's probability, ``example label``."""
-    if template.count("{text}") != 1:
-        raise ExamplesError(f"a template must have one {{text}}, where the text goes. Got {template!r}")
-    for i, text in enumerate(examples.texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ExamplesError(f"text {i} is {'empty' if isinstance(text, str) else 'no string'}; give a text")
-    if model.dims.n_labels is not None:
-        names = tuple(model.to_str_outputs(range(model.dims.n_labels)))
-        if labels is not None and set(labels) != set(names):
-            raise ExamplesError(f"the classifier has the labels {', '.join(names)}; give no others. Got {list(labels)}")
-        prompts = [prompt_of(str(text), template)[0] for text in examples.texts]
-        result = run(model, Examples.of(prompts), _Logits(), batch_size=batch_size, progress=progress)
-        return names, result.data["log_prob"].transpose("example", "label").values
-    words = dict(labels) if isinstance(labels, Mapping) else {str(label): str(label) for label in labels or ()}
-    if len(words) < 2 or (labels is not None and len(words) < len(labels)):
-        raise ExamplesError(f"labels must be two or more, and different. Got {list(labels or ())}")
-    prompts = [prompt_of(str(text), template, chat, system)[0] for text in examples.texts]
-    found = choose(model, prompts, tuple(words.values()), answer, batch_size=batch_size)
-    return tuple(words), found.log_probs
+@dataclass(frozen=True)
+class Labelling:
+    """Which labels there are, the words that stand for them, and how a text becomes the prompt that asks for one.
+
+    Attributes:
+        words: label → what stands for it in the answer; of a classifier, its own labels.
+        template, answer, chat, system: as for `classify`.
+    """
+
+    words: Mapping[str, str]
+    template: str
+    answer: str = " {label}"
+    chat: bool = False
+    system: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        labels: Sequence[str] | Mapping[str, str] | None,
+        template: str,
+        answer: str = " {label}",
+        chat: bool = False,
+        system: str | None = None,
+    ) -> "Labelling":
+        """Checked against the model.
+
+        Raises:
+            ExamplesError: fewer than two labels, two that are the same, not a classifier's, or a template without
+                ``{text}`` or an answer without ``{label}``.
+        """
+        for what, text, slot in (("a template", template, "{text}"), ("an answer", answer, "{label}")):
+            if text.count(slot) != 1:
+                raise ExamplesError(f"{what} must have one {slot}, where the {slot[1:-1]} goes. Got {text!r}")
+        if model.dims.n_labels is not None:
+            names = model.to_str_outputs(range(model.dims.n_labels))
+            if labels is not None and set(labels) != set(names):
+                raise ExamplesError(
+                    f"the classifier has the labels {', '.join(names)}; give no others. Got {list(labels)}"
+                )
+            return cls({name: name for name in names}, template)
+        words = dict(labels) if isinstance(labels, Mapping) else {str(label): str(label) for label in labels or ()}
+        if len(words) < 2 or (labels is not None and len(words) < len(labels)):
+            raise ExamplesError(f"labels must be two or more, and different. Got {list(labels or ())}")
+        return cls(words, template, answer, chat, system)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.words)
+
+    def prompts(self, texts: Examples) -> Examples:
+        """A prompt for each text, in which the text is the span ``text``.
+
+        Raises:
+            ExamplesError: a text that is empty, or no string.
+        """
+        for i, text in enumerate(texts.texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ExamplesError(f"text {i} is {'empty' if isinstance(text, str) else 'no string'}; give a text")
+        strings = [str(text) for text in texts.texts]
+        made = [prompt_of(text, self.template, self.chat, self.system) for text in strings]
+        spans = [(start, start + len(text)) for (_, start), text in zip(made, strings, strict=True)]
+        return Examples.of([prompt for prompt, _ in made], spans={"text": spans})
+
+    def right(self, truth: Sequence[Any] | None, n: int) -> npt.NDArray[np.intp]:
+        """The number of the right label of each of n texts.
+
+        Raises:
+            ExamplesError: naming what is no label.
+        """
+        if truth is None or len(truth) != n:
+            raise ExamplesError(f"gold has {len(truth or ())} entries for {n} texts; give one for each")
+        place = {name: i for i, name in enumerate(self.names)}
+        if unknown := next(((i, str(label)) for i, label in enumerate(truth) if str(label) not in place), None):
+            raise ExamplesError(
+                f"the right class of text {unknown[0]} is {unknown[1]!r}, which is none of {', '.join(self.names)};"
+                " correct it, or add that label"
+            )
+        return np.array([place[str(label)] for label in truth])
+
+    def log_probs(
+        self, model: Model, texts: Examples, batch_size: int | None = None, progress: Progress | bool = False
+    ) -> Floats:
+        """Log of each label's probability as the answer, ``example label``."""
+        prompts = self.prompts(texts)
+        if model.dims.n_labels is not None:
+            result = run(model, prompts, _Logits(), batch_size=batch_size, progress=progress)
+            return result.data["log_prob"].transpose("example", "label").values
+        return choose(model, prompts.texts, tuple(self.words.values()), self.answer, batch_size=batch_size).log_probs
 
 
 @dataclass(frozen=True)
@@ -129,7 +189,7 @@ class _Logits(Analyzer):
         return Part({"log_prob": (logits.float().log_softmax(-1), "example label")})
 
 
-def _dataset(names: tuple[str, ...], log_probs: Floats, truth: Sequence[Any] | None, seed: int) -> xr.Dataset:
+def _dataset(names: tuple[str, ...], log_probs: Floats, right: npt.NDArray[np.intp] | None, seed: int) -> xr.Dataset:
     probs = torch.as_tensor(log_probs).double().softmax(-1).numpy()
     chosen = probs.argmax(1)
     data: dict[str, Any] = {
@@ -139,38 +199,24 @@ def _dataset(names: tuple[str, ...], log_probs: Floats, truth: Sequence[Any] | N
         "confidence": ("example", probs.max(1)),
     }
     coords: dict[str, Any] = {"label": list(names), "example": np.arange(len(probs))}
-    if truth is not None:
-        right = _gold(names, truth, len(probs))
+    if right is not None:
+        _told_of(names, right)
         more, axes = scores(probs, right, seed)
         data |= {"gold": ("example", np.array(names)[right]), **more}
         coords |= {**axes, "gold_label": list(names)}
-    first = ["value", "ci_low", "ci_high"] if truth is not None else []
+    first = ["value", "ci_low", "ci_high"] if right is not None else []
     whole = xr.Dataset({name: data[name] for name in [*first, *(n for n in data if n not in first)]}, coords)
     return whole.assign_attrs(unit="probability")
 
 
-def _gold(names: tuple[str, ...], truth: Sequence[Any], n: int) -> npt.NDArray[np.intp]:
-    """The number of each text's right class.
-
-    Raises:
-        ExamplesError: naming what is no label, or a label that never is right.
-    """
-    if len(truth) != n:
-        raise ExamplesError(f"gold has {len(truth)} entries for {n} texts; give one for each")
-    place = {name: i for i, name in enumerate(names)}
-    if unknown := next(((i, str(label)) for i, label in enumerate(truth) if str(label) not in place), None):
-        raise ExamplesError(
-            f"the right class of text {unknown[0]} is {unknown[1]!r}, which is none of {', '.join(names)}; correct it,"
-            " or add that label"
-        )
-    numbers = np.array([place[str(label)] for label in truth])
-    if absent := [name for i, name in enumerate(names) if i not in numbers]:
+def _told_of(names: tuple[str, ...], right: npt.NDArray[np.intp]) -> None:
+    """Warn of labels that no text has."""
+    if absent := [name for i, name in enumerate(names) if i not in right]:
         warnings.warn(
             f"no text is {' or '.join(absent)}, so recall and F1 there, 0, say nothing, and the macro means fall with"
             " them; add such texts, or leave the label out",
             stacklevel=4,
         )
-    return numbers
 
 
 def scores(probs: Floats, right: npt.NDArray[np.intp], seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
