@@ -76,6 +76,8 @@ NAMES = [
     "TokenAttribution",
     "Circuit",
     "classify",
+    "tfidf_classifier",
+    "TfidfClassifier",
     "errors",
     "sites",
     "studies",
