@@ -85,6 +85,8 @@ _NAMES = {
     "TokenAttribution": "mechinterp.analyzers.token_attribution",
     "Circuit": "mechinterp.studies.circuits",
     "classify": "mechinterp.studies.classification",
+    "tfidf_classifier": "mechinterp.studies.classical",
+    "TfidfClassifier": "mechinterp.studies.classical",
 }
 _MODULES = ("errors", "sites", "studies", "tasks", "testing")
 
@@ -219,6 +221,8 @@ if TYPE_CHECKING:
     from mechinterp.sites import Site as Site
     from mechinterp.sites import Sites as Sites
     from mechinterp.studies.circuits import Circuit as Circuit
+    from mechinterp.studies.classical import TfidfClassifier as TfidfClassifier
+    from mechinterp.studies.classical import tfidf_classifier as tfidf_classifier
     from mechinterp.studies.classification import classify as classify
 
 

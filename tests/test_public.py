@@ -77,6 +77,8 @@ NAMES = [
     "TokenAttribution",
     "Circuit",
     "classify",
+    "tfidf_classifier",
+    "TfidfClassifier",
     "errors",
     "sites",
     "studies",

@@ -1,8 +1,12 @@
 """Studies: functions above the engine, for what is not one round over examples."""
 
+from mechinterp.studies.agreement import attribution_agreement as attribution_agreement
+from mechinterp.studies.agreement import compare_attributions as compare_attributions
 from mechinterp.studies.attention import AttentionStudy as AttentionStudy
 from mechinterp.studies.attention import attention_study as attention_study
 from mechinterp.studies.circuits import Circuit as Circuit
+from mechinterp.studies.classical import TfidfClassifier as TfidfClassifier
+from mechinterp.studies.classical import tfidf_classifier as tfidf_classifier
 from mechinterp.studies.classification import classify as classify
 from mechinterp.studies.comparing import compare_attention as compare_attention
 from mechinterp.studies.comparing import compare_models as compare_models
@@ -24,7 +28,10 @@ __all__ = [
     "Circuit",
     "Dialogue",
     "Flow",
+    "TfidfClassifier",
+    "attribution_agreement",
     "compare_attention",
+    "compare_attributions",
     "compare_models",
     "StudyConfig",
     "attention_study",
@@ -35,5 +42,6 @@ __all__ = [
     "faithfulness",
     "faithfulness_curve",
     "minimality",
+    "tfidf_classifier",
     "trace_information_flow",
 ]
