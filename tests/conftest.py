@@ -24,6 +24,14 @@ def model(request: pytest.FixtureRequest) -> mi.Model:
     return _MODELS[request.param]
 
 
+@pytest.fixture(params=["llama", "qwen3_moe"])
+def either(request: pytest.FixtureRequest) -> mi.Model:
+    """The plainest family, and the one with most traits: for what takes long and does not depend on the family."""
+    if request.param not in _MODELS:
+        _MODELS[request.param] = tiny(request.param)
+    return _MODELS[request.param]
+
+
 @pytest.fixture(scope="session")
 def llama() -> mi.Model:
     """A tiny random Llama."""

@@ -143,14 +143,14 @@ def test_a_shard_that_is_damaged(tmp_path: Path, llama: mi.Model) -> None:
 # Against other ways
 
 
-def test_it_is_the_analyzer_on_all_samples(tmp_path: Path, model: mi.Model) -> None:
-    study = run(setup(tmp_path), model)
+def test_it_is_the_analyzer_on_all_samples(tmp_path: Path, either: mi.Model) -> None:
+    study = run(setup(tmp_path), either)
     examples = mi.Examples.of(
         [r["text"] for r in rows()],
         labels=["correct" if r["label"] == r["prediction"] else "incorrect" for r in rows()],
     ).categorize(mi.Vocabulary.of({"people": PEOPLE, "places": PLACES, "verbs": ["went to", "gave"]}))
     examples = examples.with_category(PREDICTION, [occurrences(r["text"], r["prediction"]) for r in rows()])
-    direct = mi.run(model, examples, mi.AttentionByCategory(groups=("correct", "incorrect")))
+    direct = mi.run(either, examples, mi.AttentionByCategory(groups=("correct", "incorrect")))
     seen = study.heads.data["category"]  # a sliding window may see none of some
     assert {"verbs", PREDICTION} & set(seen.values)
     wanted = direct.data.sel(category=seen)

@@ -151,36 +151,36 @@ ADDING = {
 
 
 @pytest.mark.parametrize("name", [*SEEN, *ADDING])
-def test_scores_of_what_is_in_force(model: mi.Model, name: str) -> None:
+def test_scores_of_what_is_in_force(either: mi.Model, name: str) -> None:
     """Interventions around an attribution are seen in what senders write and in gradients at receivers."""
-    if name == "mlp_act" and model.dims.sparse:  # has no such site
+    if name == "mlp_act" and either.dims.sparse:  # has no such site
         name = "mlp_out"
-    without = by_hand(model, PAIRS, [0.0, 0.5])
-    with model.intervene((SEEN | ADDING)[name]):
-        expected = by_hand(model, PAIRS, [0.0, 0.5])
-        found = mi.run(model, PAIRS, mi.EdgeAttribution("eap-ig-inputs", steps=2))
+    without = by_hand(either, PAIRS, [0.0, 0.5])
+    with either.intervene((SEEN | ADDING)[name]):
+        expected = by_hand(either, PAIRS, [0.0, 0.5])
+        found = mi.run(either, PAIRS, mi.EdgeAttribution("eap-ig-inputs", steps=2))
     assert relative(found.data["score"], expected) < 1e-4
     assert relative(without, expected) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["z", "k_rot", "resid_post"])
-def test_performed_patches_of_what_is_in_force(model: mi.Model, name: str) -> None:
+def test_performed_patches_of_what_is_in_force(either: mi.Model, name: str) -> None:
     """Exact scores, against runs in which one receiver's input lacks what one sender changed."""
-    graph, tokens = Graph.of(model), model.tokenize(FEW)
+    graph, tokens = Graph.of(either), either.tokenize(FEW)
     sender, receiver = graph.ends
     some = np.random.default_rng(0).choice(len(graph), 12, replace=False)
     expected = np.zeros(len(some))
-    with model.intervene(SEEN[name]):
-        found = mi.run(model, FEW, mi.EdgeAttribution("exact")).data["score"].values
+    with either.intervene(SEEN[name]):
+        found = mi.run(either, FEW, mi.EdgeAttribution("exact")).data["score"].values
         for i in range(len(tokens)):
             batch = tokens.batch([i])
             right, wrong = batch.answers[0]
-            (clean, ours), (_, theirs) = (contributions(model, batch.run(run).ids) for run in ("clean", "corrupted"))
-            base, _ = split_run(model, clean, right[0], wrong[0], {})
+            (clean, ours), (_, theirs) = (contributions(either, batch.run(run).ids) for run in ("clean", "corrupted"))
+            base, _ = split_run(either, clean, right[0], wrong[0], {})
             for j, edge in enumerate(some):
                 u = graph.senders[sender[edge]]
                 moved = {graph.receivers[receiver[edge]]: theirs[u] - ours[u]}
-                patched, _ = split_run(model, clean, right[0], wrong[0], moved)
+                patched, _ = split_run(either, clean, right[0], wrong[0], moved)
                 expected[j] += float((base - patched).detach()) / len(tokens)
     np.testing.assert_allclose(found[some], expected, atol=2e-5 + 1e-4 * np.abs(expected).max())
 
@@ -265,14 +265,14 @@ def test_a_node_is_the_sum_of_its_edges(model: mi.Model) -> None:
 
 
 @pytest.mark.parametrize("ungrouped", [False, True])
-def test_an_exact_patch_is_the_circuit_without_the_edge(model: mi.Model, ungrouped: bool) -> None:
+def test_an_exact_patch_is_the_circuit_without_the_edge(either: mi.Model, ungrouped: bool) -> None:
     """Two ways to the same number: a sweep that writes what a receiver makes of it, and the edge-level forward."""
-    graph, tokens = Graph.of(model, ungrouped), model.tokenize(PAIRS)
+    graph, tokens = Graph.of(either, ungrouped), either.tokenize(PAIRS)
     kept = ~np.eye(len(graph), dtype=bool)[:: 11 if ungrouped else 3]
-    runs = run_circuits(model, tokens, graph, kept, mi.logit_diff(), batch_size=3)
+    runs = run_circuits(either, tokens, graph, kept, mi.logit_diff(), batch_size=3)
     for side in ("right", "left"):
         exact = mi.run(
-            model,
+            either,
             PAIRS,
             mi.EdgeAttribution("exact", ungrouped=ungrouped, intervals=True),
             padding_side=side,

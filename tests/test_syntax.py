@@ -52,14 +52,14 @@ def test_words_that_share_a_token_are_unmapped(tmp_path: Path, llama: mi.Model) 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("block", [1, 1 << 20])
-def test_scores_by_hand(model: mi.Model, side: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_by_hand(either: mi.Model, side: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechinterp.model.attention.BLOCK_BYTES", block)
-    result = mi.run(model, [[5]], mi.SyntacticHeads(str(FILE)), padding_side=side, batch_size=5)
+    result = mi.run(either, [[5]], mi.SyntacticHeads(str(FILE)), padding_side=side, batch_size=5)
     hits: dict[tuple[str, str], list[np.ndarray]] = {}
     offsets: dict[tuple[str, str], list[int]] = {}
     for sentence in read_conllu(FILE):
-        placed = place(sentence, model)
-        pattern = model.trace([list(placed.ids)], "pattern").stack("pattern")[:, 0].numpy()
+        placed = place(sentence, either)
+        pattern = either.trace([list(placed.ids)], "pattern").stack("pattern")[:, 0].numpy()
         for dependent, (head, relation) in enumerate(zip(sentence.heads, sentence.relations, strict=True)):
             later, earlier = max(dependent, head), min(dependent, head)
             spans = placed.words

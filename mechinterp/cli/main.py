@@ -1,4 +1,4 @@
-"""mechinterp demo, run, patch, trace, circuit, attention-study, attention to look at and compare, look, verify.
+"""mechinterp demo, run, patch, trace, circuit, attention-study, compare-finetuned, looking, comparing, verify.
 
 Exit status: 0, 1 for a failure (one line on standard error; --debug shows the traceback), 2 for
 wrong usage, 130 after Ctrl-C.
@@ -15,8 +15,15 @@ import typer
 
 import mechinterp as mi
 from mechinterp.cli.attention import attention_study
+from mechinterp.cli.attribution import (
+    analyze_gradients,
+    explain_prediction,
+    feature_attribution,
+    rank_neuron_importance,
+)
 from mechinterp.cli.causal import patch, trace
 from mechinterp.cli.circuit import circuit
+from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
 from mechinterp.cli.study import (
     Adapter,
@@ -82,6 +89,8 @@ def start(
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if token := os.environ.get("HUGGINGFACE_TOKEN"):
+        os.environ.setdefault("HF_TOKEN", token)
 
 
 @app.command()
@@ -144,6 +153,11 @@ app.command()(visualize_attention)
 app.command()(compare_attention)
 app.command()(compare_models_attention)
 app.command()(attention_study)
+app.command()(feature_attribution)
+app.command()(explain_prediction)
+app.command()(analyze_gradients)
+app.command()(rank_neuron_importance)
+app.command()(compare_finetuned)
 
 
 @app.command()

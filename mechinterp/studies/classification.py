@@ -1,8 +1,9 @@
 """A language model as a classifier: label words scored at the answer position, and how good that is."""
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from mechinterp.core.result import Part, Result, View
 from mechinterp.engine.runner import Progress, provenance, run
 from mechinterp.errors import ExamplesError
 from mechinterp.model.model import Model
-from mechinterp.studies.predictions import choose, prompt_of
+from mechinterp.studies.predictions import answer_ids, choose, prompt_of
 
 BINS = 10
 """Of confidence, for calibration."""
@@ -150,6 +151,32 @@ class Labelling:
         spans = [(start, start + len(text)) for (_, start), text in zip(made, strings, strict=True)]
         return Examples.of([prompt for prompt, _ in made], spans={"text": spans})
 
+    def against_others(self, model: Model, texts: Examples, chosen: Sequence[str]) -> Examples:
+        """Prompts whose answers are, for each text, a label on one side and all others on the other.
+
+        With `log_odds` they are what an explanation is about. A label of several tokens stands for its first.
+
+        Raises:
+            ExamplesError: as `prompts`; two labels begin with the same token.
+        """
+        prompts = self.prompts(texts)
+        if model.dims.n_labels is not None:
+            sides = [(name, [other for other in self.names if other != name]) for name in chosen]
+            return replace(prompts, answers=Examples.of(list(prompts.texts), answers=sides).answers)
+        answers: list[Any] = []
+        for text, ids, name in zip(prompts.texts, model.tokenize(prompts).ids, chosen, strict=True):
+            first = {
+                label: answer_ids(model.tokenizer, text, ids, self.answer.replace("{label}", word))[0]
+                for label, word in self.words.items()
+            }
+            if twins := [(a, b) for a, b in itertools.combinations(first, 2) if first[a] == first[b]]:
+                raise ExamplesError(
+                    f"the words for {twins[0][0]!r} and {twins[0][1]!r} begin with the same token, so the log-odds"
+                    " between them cannot be explained at one position; give other words"
+                )
+            answers.append(([first[name]], [token for label, token in first.items() if label != name]))
+        return replace(prompts, answers=Examples.of(list(prompts.texts), answers=answers).answers)
+
     def right(self, truth: Sequence[Any] | None, n: int) -> npt.NDArray[np.intp]:
         """The number of the right label of each of n texts.
 
@@ -175,6 +202,11 @@ class Labelling:
             result = run(model, prompts, _Logits(), batch_size=batch_size, progress=progress)
             return result.data["log_prob"].transpose("example", "label").values
         return choose(model, prompts.texts, tuple(self.words.values()), self.answer, batch_size=batch_size).log_probs
+
+
+def question(words: Sequence[str]) -> str:
+    """A template that asks for one of the words."""
+    return f"Is the text below {', '.join(words[:-1])} or {words[-1]}?\nText: {{text}}\nAnswer:"
 
 
 @dataclass(frozen=True)
