@@ -92,7 +92,7 @@ def _confusion(axes: Axes, result: Result, name: str) -> None:
                 j, i, str(counts[i, j]), ha="center", va="center", fontsize=9, color="w" if share[i, j] > 0.5 else "k"
             )  # fmt: skip
     axes.set_xticks(
-        range(len(labels)), labels, rotation=45 * (len(labels) > 3), ha="right" if len(labels) > 3 else None
+        range(len(labels)), labels, rotation=45 * (len(labels) > 3), ha="right" if len(labels) > 3 else "center"
     )
     axes.set_yticks(range(len(labels)), labels, rotation=90 * (len(labels) <= 3), va="center")
     axes.set_xlabel("prediction", fontsize=8)
