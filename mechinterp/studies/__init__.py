@@ -19,19 +19,32 @@ from mechinterp.studies.evaluation import completeness as completeness
 from mechinterp.studies.evaluation import faithfulness as faithfulness
 from mechinterp.studies.evaluation import faithfulness_curve as faithfulness_curve
 from mechinterp.studies.evaluation import minimality as minimality
+from mechinterp.studies.explaining import Explanation as Explanation
+from mechinterp.studies.explaining import explain_prediction as explain_prediction
+from mechinterp.studies.finetuned import FinetunedComparison as FinetunedComparison
+from mechinterp.studies.finetuned import compare_finetuned as compare_finetuned
+from mechinterp.studies.finetuning import Training as Training
+from mechinterp.studies.finetuning import finetune as finetune
 from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
+from mechinterp.studies.labelled import Labelled as Labelled
+from mechinterp.studies.labelled import read_labelled as read_labelled
 
 __all__ = [
     "AttentionBetweenSpeakers",
     "AttentionStudy",
     "Circuit",
     "Dialogue",
+    "Explanation",
+    "FinetunedComparison",
+    "Labelled",
+    "Training",
     "Flow",
     "TfidfClassifier",
     "attribution_agreement",
     "compare_attention",
     "compare_attributions",
+    "compare_finetuned",
     "compare_models",
     "StudyConfig",
     "attention_study",
@@ -39,9 +52,12 @@ __all__ = [
     "completeness",
     "discover",
     "erase_tokens",
+    "explain_prediction",
     "faithfulness",
     "faithfulness_curve",
+    "finetune",
     "minimality",
+    "read_labelled",
     "tfidf_classifier",
     "trace_information_flow",
 ]

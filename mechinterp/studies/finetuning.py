@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -180,7 +181,8 @@ def _with_adapter(model: Model, training: Training) -> Any:
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM, r=training.rank, lora_alpha=training.alpha, target_modules=wanted
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's, about a name in transformers
         torch.manual_seed(training.seed)
         try:
             wrapped: Any = peft.get_peft_model(model.hf, config)
