@@ -93,7 +93,7 @@ def main(quick: bool, out: Path) -> None:
     texts, truth, labels = reviews(seed=0)
     wrong = [i for i in range(18) if truth[i] != labels[i]]
     print(f"{len(texts)} reviews, of which {wrong[0] + 1} and {wrong[1] + 1} have the wrong label; three of them:")
-    print(*(f"  {text} → {label}" for text, label in zip(texts[::2][:9:4], labels[::2][:9:4], strict=True)), sep="\n")
+    print(*(f"  {text} → {label}" for text, label in zip(texts[::7], labels[::7], strict=True)), sep="\n")
 
     linear = {
         "logistic": mi.tfidf_classifier(texts, labels, "logistic", vocabulary=TERMS),
@@ -122,9 +122,8 @@ def main(quick: bool, out: Path) -> None:
                 exact |= {f"{name} w·x": product, f"{name} IG": ig}
     for name, one in linear.items():
         right = [a == b for a, b in zip(one.predict(texts), truth, strict=True)]
-        print(
-            f"  {name}: right about {sum(right)} of 18 reviews, and {sum(right[i] for i in wrong)} of 2 with a wrong label"
-        )
+        mistakes = sum(right[i] for i in wrong)
+        print(f"  {name}: right about {sum(right)} of 18 reviews, and about {mistakes} of 2 whose label is wrong")
 
     model, some = mi.Model.load("smollm2"), 2 if quick else 18
     start = TEMPLATE.index("{text}")
