@@ -63,7 +63,8 @@ def test_differences_are_of_pairs() -> None:
     for name in ("difference", "d"):
         np.testing.assert_allclose(found.data[name], -swapped.data[name])
     np.testing.assert_allclose(found.data["value"], swapped.data["value"])
-    spearman = [stats.spearmanr(a, b).statistic for a, b in zip(ROWS, OTHER, strict=True)]
+    spearmanr: Any = stats.spearmanr
+    spearman = [spearmanr(a, b).statistic for a, b in zip(ROWS, OTHER, strict=True)]
     np.testing.assert_allclose(found.data["agreement_each"].sel(agreement="spearman"), spearman)
     tops = [
         len({*np.argsort(-np.abs(a))[:5]} & {*np.argsort(-np.abs(b))[:5]}) / 5 for a, b in zip(ROWS, OTHER, strict=True)
