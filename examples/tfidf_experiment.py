@@ -72,7 +72,7 @@ def figures(weights: dict[str, mi.Result], results: dict[str, mi.Result], names:
     models = xr.DataArray(list(weights), dims="model", name="model")
     both = xr.concat([w.data.sel(label="positive", term=TERMS).drop_vars("label") for w in weights.values()], models)
     view = mi.View(
-        "heatmap", "weight", "term", "model", title="Weights of the label positive", unit="log-odds, or margins",
+        "heatmap", "weight", "term", "model", title="Weights of the label positive", unit="log-odds or half-margins",
         center=0.0, mark="interval_excludes_zero",
     )  # fmt: skip
     write_picture(matplotlib_figure(mi.Result(both), view), out / "coefficients")

@@ -95,9 +95,9 @@ def tfidf_classifier(
 class TfidfClassifier:
     """A fitted `tfidf_classifier`; a label's score is weights · x + bias of the text's TF-IDF vector x.
 
-    With two labels the score of one is the other's with its sign changed: the log-odds of the label (logistic) or the
-    signed distance to the margin's middle, in margins (SVM). With more it is the label's logit (logistic), or that
-    distance against all other labels (SVM).
+    With two labels the score of one is the other's with its sign changed: the log-odds of the label (logistic), or the
+    signed distance from the boundary in half-widths of the margin (SVM). With more it is the label's logit (logistic;
+    the softmax of all is their probabilities), or that distance from the boundary to all other labels (SVM).
 
     Attributes:
         labels: in alphabetical order.
@@ -267,7 +267,7 @@ class TfidfClassifier:
         ]
 
 
-_UNITS = {"logistic": "log-odds", "svm": "margins"}
+_UNITS = {"logistic": "log-odds", "svm": "margin half-widths"}
 
 
 def integrated_gradients(function: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, steps: int) -> Tensor:
