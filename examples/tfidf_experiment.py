@@ -99,7 +99,7 @@ def main(quick: bool, out: Path) -> None:
         "logistic": mi.tfidf_classifier(texts, labels, "logistic", vocabulary=TERMS),
         "SVM": mi.tfidf_classifier(texts, labels, "svm", vocabulary=TERMS),
     }
-    weights = {name: one.coefficients(resamples=200 if quick else 1000) for name, one in linear.items()}
+    weights = {name: one.coefficients(resamples=100 if quick else 1000) for name, one in linear.items()}
     print("\nWeights of the label positive, with 95% bootstrap intervals:")
     for name, found in weights.items():
         table = found.table().query("label == 'positive'").drop(columns="label")
