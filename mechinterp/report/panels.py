@@ -297,7 +297,8 @@ def _of_cells(
     marked, note = None, ""
     if chosen is not None:
         marked = np.nan_to_num(chosen) > 0
-        note = f"• {view.mark}" if marked.any() else f"no cell is {view.mark}"
+        mark = view.mark.replace("_", " ") if view.mark else ""
+        note = f"• {mark}" if marked.any() else f"no cell is {mark}"
     elif q is not None:
         marked = np.nan_to_num(q, nan=1.0) < ALPHA
         note = _dots(q, marked)

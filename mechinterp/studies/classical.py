@@ -95,9 +95,9 @@ def tfidf_classifier(
 class TfidfClassifier:
     """A fitted `tfidf_classifier`; a label's score is weights · x + bias of the text's TF-IDF vector x.
 
-    With two labels the score of one is the other's with its sign changed: the log-odds of the label (logistic) or the
-    signed distance to the margin's middle, in margins (SVM). With more it is the label's logit (logistic), or that
-    distance against all other labels (SVM).
+    With two labels the score of one is the other's with its sign changed: the log-odds of the label (logistic), or the
+    signed distance from the boundary in half-widths of the margin (SVM). With more it is the label's logit (logistic;
+    the softmax of all is their probabilities), or that distance from the boundary to all other labels (SVM).
 
     Attributes:
         labels: in alphabetical order.
@@ -133,7 +133,7 @@ class TfidfClassifier:
 
         Result: ``weight``; ``ci_low, ci_high``, 95% percentile bootstrap (Efron 1979): the classifier is fitted again
         to texts drawn with replacement within each label, and what TF-IDF weighs terms by stays; and
-        ``excludes_zero``, whether the interval does. Regularisation pulls weights and intervals towards zero.
+        ``interval_excludes_zero``. Regularisation pulls weights and intervals towards zero.
 
         Args:
             resamples: fits; 0 for weights alone.
@@ -148,11 +148,11 @@ class TfidfClassifier:
             drawn = np.stack([_of_labels(self._fit(w))[0] for w in _draws(self._right, resamples, seed)])
             low, high = np.quantile(drawn, [0.025, 0.975], axis=0)[:, :, order]
             data |= {"ci_low": (("label", "term"), low), "ci_high": (("label", "term"), high)}
-            data["excludes_zero"] = ("label", "term"), (low > 0) | (high < 0)
+            data["interval_excludes_zero"] = ("label", "term"), (low > 0) | (high < 0)
         terms = np.array(self.terms)[order]
         view = View(
             "heatmap", "weight", "term", "label", title="Weight of each term", unit=_UNITS[self.model], center=0.0,
-            mark="excludes_zero" if resamples else None, select=_largest(terms, self.weights[:, order]),
+            mark="interval_excludes_zero" if resamples else None, select=_largest(terms, self.weights[:, order]),
         )  # fmt: skip
         whole = xr.Dataset(data, {"label": list(self.labels), "term": terms}, {"unit": _UNITS[self.model]})
         return Result(whole, {"analyzer": "coefficients", "model": self.model, "seed": seed}, (view,))
@@ -267,7 +267,7 @@ class TfidfClassifier:
         ]
 
 
-_UNITS = {"logistic": "log-odds", "svm": "margins"}
+_UNITS = {"logistic": "log-odds", "svm": "margin half-widths"}
 
 
 def integrated_gradients(function: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, steps: int) -> Tensor:
