@@ -74,7 +74,7 @@ def test_a_metric_that_does_not_depend_on_a_site(model: mi.Model, ids: list[list
         backward(model, batch, [Site("head_out", 1)], mi.answer_logit())
     jaxtyping.config.update("jaxtyping_disable", True)  # past the run-time check of types in tests
     try:
-        with pytest.raises(NeedsError, match="of of Grad must be 'clean' or 'corrupted'. Got 'dirty'"):
+        with pytest.raises(NeedsError, match=r"of of Grad must be 'clean' or 'corrupted'. Got 'dirty'"):
             mi.Grad(sites.q(), mi.answer_logit(), of="dirty")  # pyright: ignore[reportArgumentType]
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)

@@ -56,7 +56,7 @@ def test_a_circuit_with_its_tests_and_files(here: Path, tiny_folder: Path) -> No
 
 
 def test_types_have_their_own_files_and_held_out_pairs_are_named(here: Path, tiny_folder: Path) -> None:
-    other = lines(here / "other.jsonl", *rows(10)[6:])
+    other = lines(here / "other.jsonl", *rows(8)[6:] * 2)
     options = ("--type", "attention_only", "--type", "mlp_only", "--share", "0.2", "--no-curve", "--held-out", other)
     text = study(here, tiny_folder, *options)
     out = here / "study"

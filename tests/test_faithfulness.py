@@ -249,7 +249,7 @@ def test_bad_input(llama: mi.Model) -> None:
         minimality(nothing, llama, PAIRS)
     with pytest.raises(NeedsError, match="this circuit has none beside embed and logits"):
         completeness(nothing, llama, PAIRS)
-    with pytest.raises(NeedsError, match="subsets of completeness must be at least 1. Got 0"):
+    with pytest.raises(NeedsError, match=r"subsets of completeness must be at least 1. Got 0"):
         completeness(circuit, llama, PAIRS, subsets=0)
     other = Graph(2, 4, 2)
     with pytest.raises(NeedsError, match="of a model with 2 layers"):
