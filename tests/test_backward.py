@@ -1,5 +1,6 @@
 """Gradients against autograd by hand and finite differences."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -71,6 +72,12 @@ def test_a_metric_that_does_not_depend_on_a_site(model: mi.Model, ids: list[list
         )
     with pytest.raises(SiteError, match="attn_out"):
         backward(model, batch, [Site("head_out", 1)], mi.answer_logit())
+    jaxtyping.config.update("jaxtyping_disable", True)  # past the run-time check of types in tests
+    try:
+        with pytest.raises(NeedsError, match=r"of of Grad must be 'clean' or 'corrupted'. Got 'dirty'"):
+            mi.Grad(sites.q(), mi.answer_logit(), of="dirty")  # pyright: ignore[reportArgumentType]
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_gradients_reach_an_analyzer_one_backward_for_each_metric(model: mi.Model, ids: list[list[int]]) -> None:

@@ -271,7 +271,7 @@ def test_examples_that_cannot_be_run(here: Path, tiny_folder: Path, rows: list[d
     assert os.listdir(here) == ["e.jsonl"]
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "cannot read"), ("{", "is not JSON"), ("", "at least one text")])
+@pytest.mark.parametrize(("content", "said"), [(None, "cannot read"), ("{", "is not JSON"), ("", "is empty")])
 def test_a_file_that_is_no_examples(here: Path, content: str | None, said: str) -> None:
     if content is not None:
         (here / "e.jsonl").write_text(content)

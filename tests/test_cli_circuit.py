@@ -41,6 +41,8 @@ def test_a_circuit_with_its_tests_and_files(here: Path, tiny_folder: Path) -> No
     np.testing.assert_allclose(share, tested.data["faithfulness"], atol=1e-4)
     assert f"Faithfulness: {float(share):.2f} (95% interval " in text
     assert "on the 6 pairs that it was found on, which flatters it" in text
+    assert f"Stability: {'unstable' if ours.unstable else 'stable'}; circuits of examples drawn anew overlap" in text
+    assert f"overlap by {ours.meta['stability']:.2f}, where 0.8 counts as stable" in text
     row = ours.edges.iloc[0]
     assert f"Strongest edges: {row.sender} → {row.receiver} {row.score:+.2f}" in text
     curve = mi.Result.load(out / "results" / "faithfulness-curve")
@@ -54,7 +56,7 @@ def test_a_circuit_with_its_tests_and_files(here: Path, tiny_folder: Path) -> No
 
 
 def test_types_have_their_own_files_and_held_out_pairs_are_named(here: Path, tiny_folder: Path) -> None:
-    other = lines(here / "other.jsonl", *rows(4))
+    other = lines(here / "other.jsonl", *rows(8)[6:] * 2)
     options = ("--type", "attention_only", "--type", "mlp_only", "--share", "0.2", "--no-curve", "--held-out", other)
     text = study(here, tiny_folder, *options)
     out = here / "study"
@@ -135,3 +137,9 @@ def test_wrong_usage_is_status_2(here: Path, arguments: list[str], wanted: str) 
     assert result.exit_code == 2, result.output
     assert wanted in " ".join(result.output.replace("│", " ").split())
     assert os.listdir(here) == []
+
+
+def test_held_out_pairs_that_it_was_found_on_are_counted(here: Path, tiny_folder: Path) -> None:
+    other = lines(here / "other.jsonl", *rows(8))
+    text = study(here, tiny_folder, "--edges", "4", "--no-curve", "--held-out", other)
+    assert "on the 8 pairs of other.jsonl, 6 of which are among those it was found on" in text

@@ -12,7 +12,7 @@ from mechinterp.core.graph import Graph
 from mechinterp.engine.edges import run_circuits
 from mechinterp.engine.plan import Plan
 from mechinterp.errors import NeedsError
-from mechinterp.studies import discover
+from mechinterp.studies import discover, discovery
 from mechinterp.studies.discovery import Method, edges_of_nodes, node_effects
 
 PAIRS = mi.tasks.ioi(6)
@@ -221,15 +221,17 @@ def test_it_says_when_nothing_is_faithful_enough() -> None:
     assert found.meta["faithfulness"] < 0.1
 
 
-def test_bad_input(llama: mi.Model) -> None:
+def test_bad_input(llama: mi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({"candidates": 0}, {"threshold": -0.1}, {"faithful": 0.0}, {"faithful": float("nan")}):
         with pytest.raises(NeedsError, match="candidates of discover must be at least 1, its threshold not under 0, "):
             discover(llama, PAIRS, **options)  # pyright: ignore[reportArgumentType]
     with pytest.raises(NeedsError, match="circuit_types of discover must be some of 'mixed'"):
         discover(llama, PAIRS, circuit_types=())
-    for size in (0.0, 1.5, 10**6):
-        with pytest.raises(NeedsError, match="n of a circuit's best edges must be a count up to"):
-            discover(llama, PAIRS, "eap", size=size)
+    with monkeypatch.context() as before_any_work:
+        before_any_work.setattr(discovery, "_scores", None)
+        for size in (0.0, 1.5, 10**6):
+            with pytest.raises(NeedsError, match="n of a circuit's best edges must be a count up to"):
+                discover(llama, PAIRS, "eap", size=size)
     with llama.intervene(mi.Zero(mi.sites.z(0))), pytest.raises(NeedsError, match="intervene"):
         discover(llama, PAIRS, "eap")
     jaxtyping.config.update("jaxtyping_disable", True)  # past the run-time check of types in tests

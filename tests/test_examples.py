@@ -106,7 +106,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(ExamplesError, match="row 0 lacks"):
         mi.Examples.from_jsonl(tmp_path / "odd.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ExamplesError, match="at least one text"):
+    with pytest.raises(ExamplesError, match=r"empty.jsonl is empty; give it one example a line"):
         mi.Examples.from_jsonl(tmp_path / "empty.jsonl")
 
 

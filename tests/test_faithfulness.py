@@ -247,8 +247,10 @@ def test_bad_input(llama: mi.Model) -> None:
     nothing = mi.Circuit(graph, np.ones(len(graph)), np.zeros(len(graph), bool))
     with pytest.raises(NeedsError, match="an empty circuit has no edges"):
         minimality(nothing, llama, PAIRS)
-    with pytest.raises(NeedsError, match="this circuit has 0 beside embed and logits"):
+    with pytest.raises(NeedsError, match="this circuit has none beside embed and logits"):
         completeness(nothing, llama, PAIRS)
+    with pytest.raises(NeedsError, match=r"subsets of completeness must be at least 1. Got 0"):
+        completeness(circuit, llama, PAIRS, subsets=0)
     other = Graph(2, 4, 2)
     with pytest.raises(NeedsError, match="of a model with 2 layers"):
         faithfulness(mi.Circuit(other, np.ones(len(other))), llama, PAIRS)

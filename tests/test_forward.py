@@ -122,6 +122,11 @@ def test_keys_and_values_by_query_head(model: mi.Model, ids: list[list[int]]) ->
     repeated = trace[sites.v(1, per_query_head=True)]
     assert repeated.shape[2] == model.dims.n_heads
     assert torch.equal(repeated[:, :, 3], trace[sites.v(1)][:, :, 1])
+    only = model.trace(ids, sites.v(per_query_head=True))
+    assert torch.equal(only.stack("v")[1], repeated)
+    for asked in ("v.1", sites.v(1)):
+        with pytest.raises(NeedsError, match=r"v.1 was read with per_query_head=True for this trace; ask"):
+            only[asked]
 
 
 def total(block: Tensor, queries: slice, batch: mi.TokenBatch) -> Tensor:

@@ -108,8 +108,8 @@ def circuit(
 ) -> None:
     """Circuit discovery: the edges between heads and MLPs that a behaviour needs, and how faithful they are.
 
-    An edge outside the circuit carries the corrupted prompt's value. Faithfulness 1 is the whole model's
-    logit difference of right and wrong answer, 0 that with every edge cut.
+    An edge outside the circuit carries the corrupted prompt's value.
+    Faithfulness 1 is the whole model's logit difference, 0 that with every edge cut.
     """
     check_format(pairs, "PAIRS")
     check_format(held_out or pairs, "--held-out")
@@ -133,7 +133,9 @@ def circuit(
             for kind, one in circuits.items()
         ]
         ran = time.perf_counter()
-        summary = _summary(found, options, len(tested), held_out)
+        known = [*zip(examples.texts, examples.corrupted or (), strict=True)]
+        again = sum(pair in known for pair in zip(tested.texts, tested.corrupted or (), strict=True))
+        summary = _summary(found, options, len(tested), held_out, again)
         for line in summary:
             typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
         manifest = {
@@ -190,17 +192,19 @@ def _test(
     )
 
 
-def _summary(found: Sequence[Found], options: dict[str, Any], n: int, held_out: Path | None) -> list[str]:
-    """What was found, in sentences."""
+def _summary(found: Sequence[Found], options: dict[str, Any], n: int, held_out: Path | None, again: int) -> list[str]:
+    """What was found, in sentences; `again` of the pairs that it was tested on are those it was found on."""
     full: Any = found[0].faithfulness.data["full"].values
     on = "that it was found on, which flatters it (--held-out takes others)"
-    on = f"of {held_out.name}, other than those it was found on" if held_out else on
+    if held_out:
+        those = "other than those" if not again else f"{again:,} of which are among those"
+        on = f"of {held_out.name}, {those} it was found on"
     out = [
         f"Task: the model prefers the right answer on {int((full > 0).sum())} of {count(n, 'pair')}; mean logit"
         f" difference {float(full.mean()):.2f}."
     ]
     for one in found:
-        out += [_size(one, options), _faithfulness(one, f"the {count(n, 'pair')} {on}")]
+        out += [_size(one, options), *_stability(one), _faithfulness(one, f"the {count(n, 'pair')} {on}")]
         out += [_curve(one)] if one.curve is not None else []
         if edges := [f"{u} → {v} {score:+.2f}" for u, v, score in one.circuit.edges.head(NAMED).to_numpy()]:
             out.append(f"Strongest edges{one.name}: {', '.join(edges)}.")
@@ -222,6 +226,18 @@ def _size(one: Found, options: dict[str, Any]) -> str:
         why = f"all that are on a path to the logits, for no fewer reach {goal}"
     said = f"Circuit{one.name}: {len(one.circuit):,} of {len(graph):,} edges"
     return f"{said} ({100 * len(one.circuit) / len(graph):.2g}%), {count(len(one.circuit.nodes), 'node')}; {why}."
+
+
+def _stability(one: Found) -> list[str]:
+    """Whether other draws of the examples give the same edges, where it is known."""
+    from mechinterp.studies.circuits import STABLE
+
+    meta = one.circuit.meta
+    if "stability" not in meta:
+        return []
+    word = "unstable" if one.circuit.unstable else "stable"
+    share = f"{meta['stability']:.2f}, where {STABLE:g} counts as stable"
+    return [f"Stability{one.name}: {word}; circuits of examples drawn anew overlap by {share} (mean Jaccard index)."]
 
 
 def _faithfulness(one: Found, where: str) -> str:

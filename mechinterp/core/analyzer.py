@@ -83,6 +83,8 @@ class Grad:
     along: Path | None = None
 
     def __post_init__(self) -> None:
+        if self.of not in ("clean", "corrupted"):
+            raise NeedsError(f"The of of Grad must be 'clean' or 'corrupted'. Got {self.of!r}")
         if self.along is not None and (self.between or self.reads):
             raise NeedsError("a Grad along a Path is of many runs; it is not between two others, and has no reads")
 

@@ -343,10 +343,13 @@ def _answer(answer: Any) -> tuple[AnswerSet, ...]:
 
 def _read(path: str | Path) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ExamplesError(f"cannot read {path}: {reason}; give a text file of examples") from None
+    if not text.strip():
+        raise ExamplesError(f"{path} is empty; give it one example a line")
+    return text
 
 
 def _subject(subject: Any, text: Any, row: int) -> Span:

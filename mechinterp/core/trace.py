@@ -110,6 +110,12 @@ class Trace:
         have = ", ".join(dict.fromkeys(str(r.site) for r in self._tensors)) or "nothing"
         if found:
             raise NeedsError(f"{key} was read {len(found)} times here; ask for the exact site or Read: {have}")
+        if not isinstance(key, Read):
+            site = Site.parse(key) if isinstance(key, str) else key
+            for other in (r.site for r in self._tensors):
+                if (other.kind, other.layer, not other.per_query_head) == (site.kind, site.layer, site.per_query_head):
+                    way = f"per_query_head={other.per_query_head}"
+                    raise NeedsError(f"{key} was read with {way} for {self._owner}; ask for it with the same")
         raise NeedsError(f"{key} was not read for {self._owner}, which has {have}; declare it in needs() or reads")
 
     def stack(self, kind: str, of: Sites | None = None) -> Tensor:
@@ -120,12 +126,13 @@ class Trace:
         """
         if kind not in KINDS:
             Site.parse(kind)
-        layers = sorted({r.site.layer for r in self._tensors if r.site.kind == kind and r.site.layer is not None})
+        read = [r.site for r in self._tensors if r.site.kind == kind]
+        layers = sorted({site.layer for site in read if site.layer is not None})
         if of is not None and of.layers is not None:
             layers = sorted(set(of.layers))
         if not layers:
             raise NeedsError(f"{kind} was not read for {self._owner}; declare it in needs() or reads")
-        chosen = of or Sites(kind)
+        chosen = of or Sites(kind, per_query_head={site.per_query_head for site in read} == {True})
         return torch.stack([self[one] for one in replace(chosen, layers=tuple(layers)).of(0)])
 
     @property

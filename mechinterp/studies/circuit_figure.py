@@ -28,15 +28,17 @@ Link = tuple[int, str, str, str]
 POSITIVE, NEGATIVE, UNSCORED = PALETTE[0], PALETTE[1], "#999999"
 SIGNS = ((POSITIVE, "positive"), (NEGATIVE, "negative"), (UNSCORED, "without score"))
 DASH = {"k": "9px,5px", "v": "2px,4px"}
-PORT = {"q": 6.0, "k": 0.0, "v": -6.0}
+PORT = {"q": 7.0, "k": 0.0, "v": -7.0}
 """Where an edge enters a head: queries above, values below."""
 LOOKS = {"head": ("#d7efe6", PALETTE[2]), "MLP": ("#f6e3ee", PALETTE[3]), "embedding, logits": ("#ececec", "#8a8a8a")}
 """Fill and border of each kind of node."""
 STEP = 15
 """Pixels from one place in a column to the next; nodes are two or more apart."""
+NARROWEST = 600.0
+"""Width of a figure with few columns."""
 TALL = 20
 """Height of a node."""
-THINNEST, WIDEST = 1.0, 6.0
+THINNEST, WIDEST = 1.0, 5.0
 MOST_WORK = 10_000_000
 """Comparisons of two edges after which a layout is taken as it is."""
 FORMAT = "mechinterp-circuit-1"
@@ -89,10 +91,12 @@ def circuit_picture(circuit: Circuit, max_edges: int = 60) -> Figure:
     for i in reversed(range(len(links))):
         score = float(circuit.scores[links[i][0]])
         strength = abs(score) / most if most and score == score else 0.0
-        style = {"k": (0, (6, 3)), "v": (0, (1, 2))}.get(kind_of(links[i][2]), "-")
+        points = 0.75 * (THINNEST + (WIDEST - THINNEST) * strength)
+        dash = re.findall(r"\d+", DASH.get(kind_of(links[i][2]), ""))
+        style = (0, tuple(0.75 * int(pixels) / points for pixels in dash)) if dash else "-"  # in widths of the line
         axes.plot(
             *place.path(i), color=_color(score), alpha=0.65 + 0.3 * strength, linestyle=style,
-            linewidth=0.75 * (THINNEST + (WIDEST - THINNEST) * strength), solid_capstyle="butt",
+            linewidth=points, solid_capstyle="butt",
         )  # fmt: skip
     for name, x, y in zip(place.names, place.x, place.y, strict=True):
         fill, border = LOOKS[_kind(name)]
@@ -161,12 +165,12 @@ class _Layout:
         self.wide = 6.2 * max([5, *map(len, self.names)]) + 8
         keys = [_rank(name)[:2] for name in self.names]
         columns = sorted(set(keys))
-        self.gap = float(
-            np.clip((1000 - 40 - self.wide) / max(1, len(columns) - 1), max(34, self.wide / 2 + 9), self.wide + 34)
-        )
+        gaps = max(1, len(columns) - 1)
+        widest = max(self.wide + 34, min(180, (NARROWEST - 28 - self.wide) / gaps))  # few columns have room
+        self.gap = float(np.clip((1000 - 40 - self.wide) / gaps, max(34, self.wide / 2 + 9), widest))
         at = {key: self.wide / 2 + 14 + i * self.gap for i, key in enumerate(columns)}
         self.x = np.array([at[key] for key in keys], float)
-        self.width = max(600.0, max(at.values(), default=0.0) + self.wide / 2 + 14)
+        self.width = max(NARROWEST, max(at.values(), default=0.0) + self.wide / 2 + 14)
         self.x += (self.width - max(at.values(), default=0.0) - self.wide / 2 - 14) / 2
         self.columns = [[i for i, key in enumerate(keys) if key == column] for column in columns]
         self.beside = {node: column for column in self.columns for node in column}

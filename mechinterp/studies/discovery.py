@@ -84,6 +84,8 @@ def discover(
     chosen = metric or logit_diff()
     graph, tokens = Graph.of(model, ungrouped), model.tokenize(as_examples(pairs))
     graph_of(model, graph)
+    if size is not None:
+        Circuit(graph, np.zeros(len(graph))).top(size)  # what is no size is refused before the work
     with shown(progress) as told:
         options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": told or False}
         scores, drawn = _scores(model, pairs, graph, method, chosen, steps, resamples, options)

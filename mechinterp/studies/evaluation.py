@@ -138,11 +138,13 @@ def completeness(
     ``ci_low, ci_high, p, q``, and ``removed``, the names of K; and ``incompleteness``, the mean |difference|.
 
     Raises:
-        NeedsError: as `faithfulness`; no nodes to take out.
+        NeedsError: as `faithfulness`; no nodes to take out, or no subsets.
     """
     nodes = [node for node in circuit.nodes if node not in ("embed", "logits")]
-    if not nodes or subsets < 1:
-        raise NeedsError(f"completeness takes out nodes; this circuit has {len(nodes)} beside embed and logits")
+    if subsets < 1:
+        raise NeedsError(f"The subsets of completeness must be at least 1. Got {subsets}")
+    if not nodes:
+        raise NeedsError("completeness takes out nodes; this circuit has none beside embed and logits")
     rng = np.random.default_rng(seed)
     chosen = [
         [node for node, out in zip(nodes, rng.random(len(nodes)) < 0.5, strict=True) if out] for _ in range(subsets)
