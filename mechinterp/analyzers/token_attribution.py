@@ -288,17 +288,26 @@ def _chosen(batch: Batch, positions: str | None) -> Tensor:
 
 
 def word_sums(tokens: Sequence[str] | npt.NDArray[Any], values: npt.NDArray[np.floating]) -> list[tuple[str, float]]:
-    """(word, sum of its tokens' values) of the tokens that have one; words are what white space separates."""
+    """(word, sum of its tokens' values) of the tokens that have one; words are what white space separates.
+
+    A token of white space alone belongs to the word after it, or, at the end, before it.
+    """
     out: list[tuple[str, float]] = []
-    open_word = False
+    open_word, waiting = False, 0.0
     for token, value in zip(tokens, values, strict=False):
         if np.isnan(value):
             open_word = False
             continue
-        new = not open_word or token[:1].isspace()
-        if new:
-            out.append((token.strip(), float(value)))
+        text = token.strip()
+        if not text:
+            waiting, open_word = waiting + float(value), False
+            continue
+        if not open_word or token[:1].isspace():
+            out.append((text, waiting + float(value)))
+            waiting = 0.0
         else:
-            out[-1] = out[-1][0] + token.strip(), out[-1][1] + float(value)
+            out[-1] = out[-1][0] + text, out[-1][1] + float(value)
         open_word = not token[-1:].isspace()
+    if waiting:
+        out = [*out[:-1], (out[-1][0], out[-1][1] + waiting)] if out else [("␣", waiting)]
     return out
