@@ -66,7 +66,7 @@ def main() -> None:
         "value at S2": sites.v(layer, heads=kv, positions="S2"),
     }
     reads = results["reads"] = mi.sweep(model, prompts, rows)
-    print(reads.table().round(3).to_string(index=False))
+    print(reads.table().round(4).to_string(index=False))
     print(f"(key/value head {kv} serves query heads {kv * group} to {kv * group + group - 1})")
 
     chapter("7. Where must the last token look? Its attention to each name cut, one layer at a time")
@@ -76,21 +76,31 @@ def main() -> None:
         for p in ("IO", "S1", "S2")
     }
     results["cuts"] = mi.sweep(model, prompts, cuts)
-    print(results["cuts"].table().round(3).to_string(index=False))
+    cut = results["cuts"].table()
+    print(cut.round(4).to_string(index=False))
+    costly = cut.loc[cut["change"].idxmin()]
+    print(f"Its look at {costly['row'].split(', ')[1]} in {costly['row'].split(', ')[0]} costs most.")
 
     chapter("8. Without the strongest heads: one, two, four and eight of them, and as many at random")
     ablation = mi.Ablation("z", "mean", positions="end", cumulative=(1, 2, 4, 8))
     results["ablation"] = mi.run(model, prompts, ablation)
-    print(results["ablation"].table("cumulative").round(3).to_string(index=False))
+    together = results["ablation"].table("cumulative")
+    print(together.round(4).to_string(index=False))
+    costs = together.set_index(["order", "size"])["cumulative"]
+    print(
+        f"Eight of them cost {-costs['ranked', 8]:.1f} logits; eight at random (ten draws) {-costs['random', 8]:.1f}."
+    )
 
     total = float((stream.data["clean"] - stream.data["corrupted"]).mean())
     value = results["reads"].table().set_index("row").loc["value at S2", "change"]
     own = direct.data["effect"].sel(layer=layer, head=head)
     alone = float(table["effect"].iloc[0])
     print(f"\nSo: the second name's stream hands over to the last token's at layer {handed}.")
-    print(f"Head {layer}.{head} restores {alone:.0%} of the difference by itself, and {float(own):.0%} of it")
-    print("is lost along its direct path to the logits.")
-    print(f"What it carries is its value at the second name: {-value / total:.0%} of the difference.")
+    print(f"Head {layer}.{head} restores {alone:.0%} of the difference by itself; corrupted along its direct path to")
+    print(f"the logits alone, it takes {float(own):.0%} of the difference away.")
+    print(f"What it carries is its value at the second name: {-value / total:.0%} of the difference, with the heads")
+    print(f"that share it. The names' own places are the same in both prompts, and yet needed: {costly['row']}, costs")
+    print(f"{-costly['change']:.1f} logits when it cannot be looked at.")
 
     if options.out:
         for name, result in results.items():
@@ -110,7 +120,7 @@ def ranked(result: mi.Result) -> pd.DataFrame:
 
 def largest(result: mi.Result, names: list[str]) -> str:
     shown = ranked(result)[[*names, "effect", "ci_low", "ci_high", "q"]].head(6)
-    return shown.round(3).to_string(index=False)
+    return shown.round(4).to_string(index=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mechinterp as mi
+from mechinterp.analyzers import ablation
 from mechinterp.errors import ExamplesError, NeedsError, SiteError
 from mechinterp.sites import Site
 
@@ -107,24 +108,29 @@ def test_a_constant_is_its_own_mean(llama: mi.Model) -> None:
 
 
 @pytest.mark.parametrize("method", ["zero", "mean", "resample"])
-def test_sets_by_hand(model: mi.Model, method: Any) -> None:
-    """The largest first, and a random order: every set is ablated by an intervention for each component."""
+def test_sets_by_hand(model: mi.Model, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest first, and random orders: every set is ablated by an intervention for each component."""
+    monkeypatch.setattr(ablation, "RANDOM", 2)
     analyzer = mi.Ablation("z", method, cumulative=(1, 3, 12), positions="end", seed=5)
     data = mi.run(model, ragged(), analyzer).data
     strength = abs(data["effect"].values).ravel()
     ranked = np.argsort(-strength)
     assert data["rank"].values.ravel()[ranked].tolist() == list(range(12))
-    orders = {"ranked": ranked, "random": np.random.default_rng(5).permutation(12)}
-    for order, numbers in orders.items():
+    random = np.random.default_rng(5)
+    orders = {"ranked": [ranked], "random": [random.permutation(12), random.permutation(12)]}
+
+    def change(chosen: list[Site]) -> float:
+        if method == "resample":
+            after = mi.sweep(model, ragged(), {"set": chosen}).data["value"].values[:, 0]
+        else:
+            put = [mi.Zero(s) if method == "zero" else mi.Replace(s, of(means(model, s), s)) for s in chosen]
+            after = np.array(diff(model, *put))
+        return float((after - data["clean"].values).mean())
+
+    for order, several in orders.items():
         for size in (1, 3, 12):
-            chosen = [Site("z", int(i) // 4, int(i) % 4, "end") for i in numbers[:size]]
-            if method == "resample":
-                rows = {"set": chosen}
-                after = mi.sweep(model, ragged(), rows).data["value"].values[:, 0]
-            else:
-                put = [mi.Zero(s) if method == "zero" else mi.Replace(s, of(means(model, s), s)) for s in chosen]
-                after = np.array(diff(model, *put))
-            expected = (after - data["clean"].values).mean()
+            sets = [[Site("z", int(i) // 4, int(i) % 4, "end") for i in numbers[:size]] for numbers in several]
+            expected = float(np.mean([change(chosen) for chosen in sets]))
             assert float(data["cumulative"].sel(order=order, size=size)) == pytest.approx(expected, abs=1e-5)
     whole = data["cumulative"].sel(size=12)
     assert float(whole.sel(order="ranked")) == pytest.approx(float(whole.sel(order="random")), abs=1e-5)

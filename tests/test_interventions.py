@@ -319,5 +319,7 @@ def test_values_that_are_no_tensors(model: mi.Model, ids: list[list[int]]) -> No
         mi.Replace(sites.z(1), base)
     with pytest.raises(HookError, match="returned NoneType; return a tensor of shape"):
         logits(model, ids, mi.Apply(sites.z(1), lambda value: None))
-    with pytest.raises(HookError, match=r"Project does not fit resid_post.1"):
+    with pytest.raises(
+        HookError, match=r"Project does not fit resid_post.1, a slice of shape \(.*; give it tensors whose"
+    ):
         logits(model, ids, mi.Project(sites.resid_post(1), torch.ones(7)))

@@ -363,6 +363,9 @@ def test_cells_that_are_no_place(llama: mi.Model) -> None:
             mi.run(llama, examples, mi.ActivationPatching("z", positions=(99,)), engine=engine)
     with pytest.raises(NeedsError, match="must be a kind, such as 'resid_pre'"):
         mi.ActivationPatching("resid_pre.3")
+    for twice, said in (({"layers": (1, 0, 1)}, "Got z.1 twice"), ({"positions": ("end", 0, "end")}, "Got end twice")):
+        with pytest.raises(NeedsError, match=said):
+            mi.run(llama, examples, mi.ActivationPatching("z", **twice))
 
 
 def test_hidden_states_that_somebody_asked_for_leave_sweeps_packed() -> None:

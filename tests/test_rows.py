@@ -55,6 +55,11 @@ def test_rows_that_cannot_be(llama: mi.Model) -> None:
     examples = mi.tasks.ioi(2)
     with pytest.raises(NeedsError, match="no rows to sweep; give at least one write"):
         mi.sweep(llama, examples, [])
+    with pytest.raises(NeedsError, match=r"are a list, .* Got 'z\.0'; put it in a list"):
+        mi.sweep(llama, examples, "z.0")
+    for engine in ("packed", "full"):
+        with pytest.raises(ExamplesError, match=r"z\.0@0,99: position 99 is outside every example; .*give one from -"):
+            mi.sweep(llama, examples, [mi.Zero(mi.sites.z(0, positions=(0, 99)))], engine=engine)
     with pytest.raises(NeedsError, match="must write something"):
         mi.sweep(llama, examples, [()])
     with pytest.raises(SiteError, match="neurons 0 to"):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mechinterp.analyzers.patching import at_one
 from mechinterp.core.analyzer import Analyzer, Batch, Chosen, Context, Model, Needs, Sweep, Writes
 from mechinterp.core.interventions import Mean, Zero
 from mechinterp.core.metrics import Metric, logit_diff
@@ -20,6 +21,9 @@ from mechinterp.model.slices import index
 from mechinterp.sites import KINDS, Position, Site, Sites
 
 Array = npt.NDArray[Any]
+
+RANDOM = 10
+"""Random orders that make the control; in a single one the first may happen to be a strong component."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class Ablation(Analyzer):
     - ``"resample"`` (Chan et al. 2022): the value in the example's corrupted prompt.
 
     `cumulative` adds a round that ablates the k components of largest \\|effect\\| together, for every k in it,
-    and as many in a random order as a control. They are ranked by these same examples, so a ranked curve is
-    steeper than new examples would show.
+    and as many at random as a control, the mean of `RANDOM` random orders. They are ranked by these same
+    examples, so a ranked curve is steeper than new examples would show.
 
     Result: ``effect``, ``ci_low``, ``ci_high``, ``p``, ``q`` over the grid's axes (``layer``, ``position``,
     ``head`` or ``neuron``), ``ablated`` (with ``example``) and ``clean`` as metrics. With `cumulative` also
@@ -57,7 +61,7 @@ class Ablation(Analyzer):
         layers: None for all.
         metric: what is measured.
         cumulative: sizes of the sets ablated together, such as ``(1, 2, 4, 8)``; none by default.
-        seed: of the random order.
+        seed: of the random orders.
     Raises:
         NeedsError: a site without layers, means of attention, or more components together than there are.
         ExamplesError: ``"resample"`` without corrupted prompts; means of examples that are one token long.
@@ -189,21 +193,22 @@ class _Each(Analyzer):
 
 @dataclass(frozen=True, eq=False)
 class _Together(Analyzer):
-    """Sets of components: the first of a ranking, and of a random order."""
+    """Sets of components: the first of a ranking, and of random orders."""
 
     asked: Ablation
     write: Writes | None
     each: Result
 
-    def orders(self) -> dict[str, Array]:
-        """Numbers of the components, as they lie in the grid, in the order in which they go."""
+    def orders(self) -> list[Array]:
+        """Numbers of the components, as they lie in the grid, in the order in which they go: ranked, then random."""
         effect = self.each.data["effect"].values.ravel()
         ranked = np.argsort(-np.nan_to_num(np.abs(effect), nan=-1.0), kind="stable")
-        return {"ranked": ranked, "random": np.random.default_rng(self.asked.seed).permutation(len(effect))}
+        random = np.random.default_rng(self.asked.seed)
+        return [ranked, *(random.permutation(len(effect)) for _ in range(RANDOM))]
 
     def needs(self, model: Model) -> Needs:
         asked = self.asked
-        sets = [self._sites(order[:size]) for order in self.orders().values() for size in asked.cumulative]
+        sets = [self._sites(order[:size]) for order in self.orders() for size in asked.cumulative]
         rows = tuple(tuple(site if self.write is None else self.write(site) for site in some) for some in sets)
         return Needs(sweeps={"sets": Sweep(asked.metric, rows=rows, source="corrupted", base="clean")})
 
@@ -226,23 +231,23 @@ class _Together(Analyzer):
         values = batch.sweeps["sets"].values
         assert values is not None
         sizes = self.asked.cumulative
-        return Part(
-            {"together": (values.reshape(len(values), -1, len(sizes)), "example order size")},
-            coords={"order": list(self.orders()), "size": list(sizes)},
-        )
+        curves = values.reshape(len(values), -1, len(sizes))
+        two = torch.stack([curves[:, 0], curves[:, 1:].mean(1)], 1)
+        coords = {"order": ["ranked", "random"], "size": list(sizes)}
+        return Part({"together": (two, "example order size")}, coords=coords)
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         together = Result.of(parts).data["together"].transpose("example", "order", "size")
         data, dims = self.each.data, self.each.data["effect"].dims
         change = _change(together.values, data["clean"].values, context.seed)
         names = {name: "cumulative" if name == "effect" else f"cumulative_{name}" for name in change}
-        rank = np.argsort(self.orders()["ranked"]).reshape(data["effect"].shape)
+        rank = np.argsort(self.orders()[0]).reshape(data["effect"].shape)
         data = data.assign_coords(order=together["order"], size=together["size"]).assign(
             {"rank": (dims, rank)} | {names[name]: (("order", "size"), value) for name, value in change.items()}
         )
         first = [*change, "rank"]
-        title = f"{self.asked.site} ablated together ({self.asked.method}), largest first and in a random order"
-        view = View("lines", "cumulative", "size", by="order", title=title, unit="ablated - clean")
+        title = f"{_where(self.asked)} ablated together ({self.asked.method}), largest first and at random"
+        view = View("lines", "cumulative", "size", by="order", title=title, unit=_unit(self.asked))
         return Result(data[[*first, *(n for n in data.data_vars if n not in first)]], {}, (*self.each.views, view))
 
 
@@ -266,8 +271,16 @@ def _change(ablated: Array, clean: Array, seed: int) -> dict[str, Array]:
     return {"effect": found.mean, "ci_low": found.ci_low, "ci_high": found.ci_high, "p": found.p, "q": found.q}
 
 
+def _unit(asked: Ablation) -> str:
+    return f"change of {asked.metric.label}"
+
+
+def _where(asked: Ablation) -> str:
+    return asked.site + at_one(asked.positions)
+
+
 def _views(dims: list[str], asked: Ablation) -> tuple[View, ...]:
-    title, unit = f"Ablation of {asked.site} ({asked.method})", "ablated - clean"
+    title, unit = f"Ablation of {_where(asked)} ({asked.method})", _unit(asked)
     if len(dims) == 1:
         return (View("lines", "effect", dims[0], title=title, unit=unit),)
     return (View("heatmap", "effect", dims[-1], dims[0], title=title, unit=unit, center=0.0),)

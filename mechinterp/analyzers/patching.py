@@ -179,7 +179,7 @@ WIDE = 64
 def _views(data: xr.Dataset, dims: tuple[str, ...], analyzer: ActivationPatching) -> tuple[tuple[View, ...], bool]:
     """Figures in which every cell is a cell of the grid, none a mean of several; and whether they need cells' names."""
     kinds = ", ".join((analyzer.site,) if isinstance(analyzer.site, str) else analyzer.site)
-    title = f"Activation patching of {kinds} ({analyzer.direction})"
+    title = f"Activation patching of {kinds}{at_one(analyzer.positions)} ({analyzer.direction})"
     rest = 0.0 if analyzer.direction == "denoise" else 1.0  # the effect of a cell that does nothing
     same: dict[str, Any] = {"unit": "effect", "center": rest, "scale": "shared"}
     largest = View("bars", "effect", "cell", title=f"{title}: largest cells", unit="effect", center=rest)
@@ -199,6 +199,11 @@ def _views(data: xr.Dataset, dims: tuple[str, ...], analyzer: ActivationPatching
     if len(others) == 1 and fits:
         return (heat,), False
     return ((heat, largest) if fits else (largest,)), True
+
+
+def at_one(positions: str | int | tuple[Position, ...] | None) -> str:
+    """`` at end``, for a title: the one position that is written, where positions are no axis and not all."""
+    return "" if positions in (None, "each", "all") or isinstance(positions, tuple) else f" at {positions}"
 
 
 def _names(data: xr.Dataset, dims: tuple[str, ...], kinds: tuple[str, ...]) -> Strings:

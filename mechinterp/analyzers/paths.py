@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechinterp.analyzers.patching import share
+from mechinterp.analyzers.patching import at_one, share
 from mechinterp.core.analyzer import Analyzer, Batch, Chosen, Context, Model, Needs, Sweep, Swept
 from mechinterp.core.interventions import Replace
 from mechinterp.core.metrics import Metric, logit_diff
@@ -198,7 +198,8 @@ class PathPatching(Analyzer):
 
     def _views(self, dims: list[str], data: xr.Dataset) -> Iterator[View]:
         to = self.receivers if isinstance(self.receivers, tuple) else (self.receivers,)
-        title = f"Direct paths from {self.senders} to {', '.join(map(str, to))} ({self.direction})"
+        sender = self.senders + at_one(self.positions)
+        title = f"Direct paths from {sender} to {', '.join(map(str, to))} ({self.direction})"
         if "layer" not in dims:
             yield View("bars", "effect", dims[-1], title=title, unit="effect")
             return

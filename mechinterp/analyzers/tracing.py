@@ -12,7 +12,7 @@ import xarray as xr
 from mechinterp import sites
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Sweep
 from mechinterp.core.interventions import Noise
-from mechinterp.core.metrics import AnswerProb, Metric, answer_prob
+from mechinterp.core.metrics import Metric, answer_prob
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import summarize
 from mechinterp.core.tokens import Span, Tokens
@@ -271,19 +271,16 @@ def _strings(context: Context, width: int) -> Strings:
 
 
 def _unit(metric: Metric) -> str:
-    measured = "answer probability" if isinstance(metric, AnswerProb) else type(metric).__name__
-    return f"{measured}, restored - noised"
+    return f"{metric.label}, restored - noised"
 
 
 def _views(asked: CausalTracing, across: str, examples: int) -> tuple[View, ...]:
     """A panel for each kind: of one example over its tokens, of several over roles."""
     severed = "" if asked.sever is None else f", {asked.sever} severed"
-    measured = "answer probability" if isinstance(asked.metric, AnswerProb) else type(asked.metric).__name__
     window = f", or {asked.window} layers of attention or MLPs," if set(asked.kinds) != {"states"} else ""
     title = f"Causal tracing: one state{window} restored{severed}"
     if examples == 1 and across == "role":
-        return (
-            View("heatmap", "restored", "position", "layer", by="kind", title=title, unit=measured, x_text="token"),
-        )
-    unit = f"change of {measured}"
+        unit = asked.metric.label
+        return (View("heatmap", "restored", "position", "layer", by="kind", title=title, unit=unit, x_text="token"),)
+    unit = f"change of {asked.metric.label}"
     return (View("heatmap", "effect", across, "layer", by="kind", title=title, unit=unit, center=0.0),)

@@ -26,6 +26,9 @@ class Metric:
     positions: int | str | None = "end"
     """Where logits are needed; None is every position."""
 
+    label: ClassVar[str] = "metric"
+    """What it is called in figures."""
+
     compares: ClassVar[bool] = False
     """True when `score` needs the logits of the unedited clean run as `reference`."""
 
@@ -53,6 +56,8 @@ class Metric:
 class LogitDiff(Metric):
     """Mean logit of the right answers minus mean logit of the wrong ones."""
 
+    label: ClassVar[str] = "logit difference"
+
     def rows(self, batch: TokenBatch) -> Rows:
         batch.side(1)  # raises where there are none
         return batch.contrast()[0].unique()
@@ -64,6 +69,8 @@ class LogitDiff(Metric):
 @dataclass(frozen=True)
 class AnswerLogit(Metric):
     """Mean logit of the right answers."""
+
+    label: ClassVar[str] = "answer logit"
 
     def rows(self, batch: TokenBatch) -> Rows:
         return batch.side(0).unique()
@@ -91,6 +98,8 @@ class LogOdds(Metric):
 class AnswerProb(Metric):
     """Total probability of the right answers; needs the whole vocabulary for its normalisation."""
 
+    label: ClassVar[str] = "answer probability"
+
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
         probs = logits.float().softmax(-1).gather(1, batch.side(0))
         return (probs * (batch.weights(0) > 0)).sum(1)
@@ -100,6 +109,7 @@ class AnswerProb(Metric):
 class KL(Metric):
     """KL(clean run ‖ this run), in nats, at one position."""
 
+    label: ClassVar[str] = "KL divergence"
     compares: ClassVar[bool] = True
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
@@ -113,6 +123,7 @@ class KL(Metric):
 class Loss(Metric):
     """Mean cross-entropy of each next token, in nats, over the real tokens of the example."""
 
+    label: ClassVar[str] = "loss"
     positions: int | str | None = None
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:

@@ -151,10 +151,23 @@ def _check_sweep(model: Model, sweep: Sweep, tokens: Tokens | None) -> None:
     for group, part in itertools.product(grid.groups, grid.parts):
         for site in group:
             check(grid.at(site, None, part), model.arch, model.dims)
-    longest = 0 if tokens is None else max(tokens.lengths)
-    for position in sweep.positions if isinstance(sweep.positions, tuple) else (sweep.positions,):
-        if tokens is not None and isinstance(position, int) and not -longest <= position < longest:
-            raise ExamplesError(f"position {position} is outside every example; the longest has {longest} tokens")
+    if tokens is None:
+        return
+    longest = max(tokens.lengths)
+    asked = sweep.positions if isinstance(sweep.positions, tuple) else (sweep.positions,)
+    listed = [site for group in grid.groups for site in group] if sweep.rows else []
+    places = [("", position) for position in asked]
+    places += [
+        (f"{site}: ", position)
+        for site in listed
+        for position in (site.positions if isinstance(site.positions, tuple) else (site.positions,))
+    ]
+    for site, position in places:
+        if isinstance(position, int) and not -longest <= position < longest:
+            raise ExamplesError(
+                f"{site}position {position} is outside every example; the longest has {longest} tokens, so give one"
+                f" from {-longest} to {longest - 1}, or a name"
+            )
 
 
 def _mixed(grad: Grad, layers: int) -> list[Read]:

@@ -56,6 +56,8 @@ def sweep(
     Raises:
         NeedsError: nothing to write; ExamplesError, SiteError, HookError: as `run`.
     """
+    if isinstance(writes, Intervention | Site | Sites | str):  # a string would be rows of one letter each
+        raise NeedsError(f"the rows of a sweep are a list, or a mapping from names. Got {writes!r}; put it in a list")
     named = writes if isinstance(writes, Mapping) else {}
     rows = tuple(_row(one, model) for one in (writes.values() if isinstance(writes, Mapping) else writes))
     if not rows:
@@ -91,7 +93,8 @@ class Rows(Analyzer):
         change = summarize(data["value"].values - data["base"].values[:, None], context.seed)
         new = {"change": change.mean, **{name: getattr(change, name) for name in ("ci_low", "ci_high", "p", "q")}}
         data = data.assign({name: ("row", value) for name, value in new.items()})
-        view = View("bars", "change", "row", title="Change of the metric by row", unit="value - base")
+        what = f"the {self.wanted.metric.label}" if self.wanted.metric else "the metric"
+        view = View("bars", "change", "row", title=f"Change of {what} by row", unit=f"change of {what}")
         return Result(data[[*new, "value", "base"]], {}, (view,))
 
 

@@ -50,7 +50,7 @@ class Grid:
         """For batches `width` tokens wide, or with as many edits.
 
         Raises:
-            NeedsError: heads of a site without heads, or a window over sites without layers.
+            NeedsError: heads of a site without heads, a window over sites without layers, or a cell twice.
         """
         if sweep.edits:  # nothing is written: each row is an input of its own, `width` of them
             return cls((("edit", tuple(range(width))),), ((),) * width)
@@ -59,6 +59,10 @@ class Grid:
         sites = resolve(sweep.sites, model.dims.n_layers)
         if not sites or () in (sweep.positions, sweep.heads, sweep.neurons):
             raise NeedsError("a grid must have at least one layer, position, head and neuron. Got an empty choice")
+        for cells in (sites, sweep.positions if isinstance(sweep.positions, tuple) else ()):
+            if len(set(cells)) < len(cells):
+                twice = next(one for i, one in enumerate(cells) if one in cells[:i])
+                raise NeedsError(f"a grid has each layer and position once. Got {twice} twice")
         layered = len({s.kind for s in sites}) == 1 and all(s.layer is not None for s in sites)
         axes: list[tuple[str, tuple[Any, ...]]] = [
             ("layer", tuple(s.layer for s in sites)) if layered else ("site", tuple(str(s) for s in sites))

@@ -61,7 +61,8 @@ def overwrite(value: Tensor, site: Site, where: Where | None, write: Interventio
         if not any(said in str(error) for said in ("must match", "cannot be multiplied", "must be equal")):
             raise
         raise HookError(
-            f"{type(write).__name__} does not fit {site}, a slice of shape {tuple(shown.shape)}: {error}"
+            f"{type(write).__name__} does not fit {site}, a slice of shape {tuple(shown.shape)}; give it tensors whose"
+            f" shapes broadcast to that ({error})"
         ) from error
     returned: Any = new
     if not isinstance(returned, Tensor):

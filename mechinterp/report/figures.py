@@ -24,8 +24,8 @@ from mechinterp.report.panels import TEXT_COLUMNS, Bars, Heat, Heats, Lines, Num
 # Okabe & Ito (2008): eight colours that people with any kind of colour vision tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DIVERGING, SEQUENTIAL = "RdBu_r", "Blues"
-OWN_DIVERGING, OWN_SEQUENTIAL = ("RdBu_r", "PuOr_r", "PRGn_r", "BrBG_r"), ("Purples", "Greens", "Reds", "Oranges")
-"""Of panels side by side with scales of their own."""
+OWN_DIVERGING, OWN_SEQUENTIAL = ("PuOr", "PRGn", "RdBu_r", "BrBG_r"), ("Purples", "Greens", "Reds", "Oranges")
+"""Of panels side by side with scales of their own; what is large is of one colour in both."""
 MISSING = "#e4e4e4"
 PALE = 0.4
 FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Arial, sans-serif"
@@ -427,8 +427,10 @@ def _columns(heat: Heat) -> float:
 
 
 def _rows(heat: Heat) -> float:
-    labels = 0.0 if heat.x_text is None else 0.045 * max(map(len, heat.x_text))
-    return min(max(len(heat.y) * 0.18 + 1.2 + labels, 2.6), 11.0)
+    below = max(map(len, heat.x if heat.x_text is None else heat.x_text), default=0)
+    labels = 0.0 if heat.x_text is None and below <= 3 else 0.045 * below
+    bar = 0.075 * len(heat.label)  # its colour bar is as high as the cells
+    return min(max(max(len(heat.y) * 0.18, bar) + 1.2 + labels, 2.6), 11.0)
 
 
 def _count(shown: Panel) -> int:
