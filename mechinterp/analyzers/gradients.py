@@ -74,7 +74,7 @@ class GradientAnalysis(Analyzer):
         return Part(values, coords={"kind": list(KINDS), "layer": list(range(n))})
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
-        data = Result.of(parts, unit=f"gradient of {self.metric}").data
+        data = Result.of(parts, unit=f"gradient of {self.metric.label}").data
         whole = summarize(data["whole"].transpose("example", "kind", "layer").values, context.seed)
         new = {"by_layer": whole.mean, "ci_low": whole.ci_low, "ci_high": whole.ci_high}
         token = token_texts(context.model, data["id"].transpose("example", "position").values)

@@ -165,7 +165,7 @@ class TokenAttribution(Analyzer):
         return out
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result | Analyzer:
-        return self._finer(Result.of(parts, unit=str(self.metric)).data, self.steps, context)
+        return self._finer(Result.of(parts, unit=self.metric.label).data, self.steps, context)
 
     def _finer(self, data: xr.Dataset, steps: int, context: Context) -> Result | Analyzer:
         """The result, or, where integrated gradients do not add up yet, another round with twice the steps."""
@@ -203,7 +203,7 @@ class TokenAttribution(Analyzer):
         data = data.assign_coords({d: np.arange(n) for d, n in data.sizes.items() if d not in data.coords})
         order = ["attribution", "token", "word_attribution", "word"]
         data = data[[*order, *(str(name) for name in data.data_vars if name not in order)]]
-        unit = f"{self.method}, in {self.metric}"
+        unit = f"{self.method}, {self.metric.label}"
         views = (
             View(
                 "heatmap", "attribution", "position", "example", text="token", center=0.0,

@@ -83,6 +83,8 @@ class AnswerLogit(Metric):
 class LogOdds(Metric):
     """Log of the right answers' total probability minus that of the wrong ones', in nats."""
 
+    label: ClassVar[str] = "log-odds in nats"
+
     def rows(self, batch: TokenBatch) -> Rows:
         return torch.cat([batch.side(0).flatten(), batch.side(1).flatten()]).unique()
 

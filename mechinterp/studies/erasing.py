@@ -70,7 +70,7 @@ def erase_tokens(
     shape = (len(first), len(values), len(fractions), 2)
     lost = found.data["lost"].transpose("example", "edit").values.reshape(shape)
     data = _summary(lost, list(values), list(fractions), seed)
-    unit = f"change of {metric}"
+    unit = f"change of {metric.label}"
     views = tuple(
         View("lines", name, "fraction", by="method", title=title, unit=unit)
         for name, title in (
