@@ -162,6 +162,9 @@ def test_one_prompt_makes_a_figure(llama: mi.Model) -> None:
     assert not found.significant
     assert 0 < len(found.strongest) <= 5
     assert len(found.figure().layout.annotations) == 2 * len(found.strongest)
+    axes = found.picture().axes[0]
+    drawn = sorted(text.get_text() for text in axes.texts if text.get_text().startswith("−"))
+    assert drawn == sorted(f"−{drop:.0%}" for drop in found.strongest["drop"])
     assert "1 prompt, 0 skipped" in found.caption
 
 

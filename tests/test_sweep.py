@@ -237,6 +237,13 @@ def test_metrics_by_hand(model: mi.Model) -> None:
         assert float(data["loss"][row]) == pytest.approx(float(loss), abs=1e-5)
 
 
+def test_a_metric_by_name_is_refused() -> None:
+    for asks in (mi.Sweep(mi.logit_diff(), sites.z()), mi.Grad(sites.z(), mi.logit_diff())):
+        object.__setattr__(asks, "metric", "logit_diff")  # as where types are not checked
+        with pytest.raises(NeedsError, match=r"a metric must be one such as mi\.logit_diff\(\).* Got 'logit_diff'"):
+            asks.__post_init__()
+
+
 def test_grid_rows_match_its_axes(llama: mi.Model) -> None:
     from mechinterp.engine.sweep import Grid
 

@@ -85,6 +85,7 @@ class Grad:
     def __post_init__(self) -> None:
         if self.of not in ("clean", "corrupted"):
             raise NeedsError(f"The of of Grad must be 'clean' or 'corrupted'. Got {self.of!r}")
+        _check_metric(self.metric)
         if self.along is not None and (self.between or self.reads):
             raise NeedsError("a Grad along a Path is of many runs; it is not between two others, and has no reads")
 
@@ -95,6 +96,11 @@ class Grad:
         """
         explicit = (s for s in resolve(self.sites, n_layers) if s.kind in ("scores", "pattern") or s.per_query_head)
         return replace(self, sites=tuple(sorted(explicit, key=lambda s: s.order)), reads=())
+
+
+def _check_metric(metric: object) -> None:
+    if not isinstance(metric, Metric):
+        raise NeedsError(f"a metric must be one such as mi.logit_diff(), or of a subclass of mi.Metric. Got {metric!r}")
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,8 @@ class Sweep:
             raise NeedsError("a row of a Sweep must write something. Got an empty one")
         if self.metric is None and not self.reads:
             raise NeedsError("a Sweep must have a metric or reads, or its rows leave nothing behind")
+        if self.metric is not None:
+            _check_metric(self.metric)
 
     def edits_of(self, example: int) -> tuple[Edit, ...]:
         """The edited inputs of one example, by its number in the whole set.

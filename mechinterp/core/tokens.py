@@ -201,7 +201,7 @@ class TokenBatch:
             ExamplesError: the examples have no answers, or none on that side.
         """
         if self.answers is None or any(len(sides) <= index for sides in self.answers):
-            what = "answers" if index == 0 else "wrong answers"
+            what = "answers" if index == 0 or self.answers is None else "wrong answers"
             raise ExamplesError(
                 f"these examples have no {what}; give answers=[{'right' if index == 0 else '(right, wrong)'}, ...]"
             )

@@ -27,6 +27,7 @@ from mechinterp.model.model import Model, as_examples
 if TYPE_CHECKING:
     import networkx as nx
     import plotly.graph_objects as go
+    from matplotlib.figure import Figure
 
 Mask = npt.NDArray[np.bool_]
 
@@ -110,6 +111,12 @@ class Flow:
         from mechinterp.studies.flow_figure import flow_figure
 
         return flow_figure(self)
+
+    def picture(self) -> "Figure":
+        """The same drawn by matplotlib, for ``savefig`` as PNG, SVG or PDF."""
+        from mechinterp.studies.flow_figure import flow_picture
+
+        return flow_picture(self)
 
     @property
     def caption(self) -> str:
