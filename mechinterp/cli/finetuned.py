@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +15,7 @@ from mechinterp.cli.study import Debug, Device, Dtype, ModelArgument, Out, Seed,
 
 EVALUATED, TRAINED, EXPLAINED = 300, 600, 10
 """Texts, if no other number is given and there are so many."""
+METHOD = "partition-shap"
 
 
 def compare_finetuned(
@@ -84,9 +86,11 @@ def compare_finetuned(
         raise typer.BadParameter("give one of --finetune and --adapter", param_hint="--finetune")
     if not project_badge and badge is not None:
         raise typer.BadParameter("contradicts --no-project-badge", param_hint="--badge")
+    words = words_of(label)
     with reported(debug):
         check_out(out)
-        from mechinterp.studies.classification import question
+        from mechinterp.analyzers.perturbing import check_package
+        from mechinterp.studies.classification import Labelling, question
         from mechinterp.studies.finetuned import compare_finetuned as compare
         from mechinterp.studies.finetuned_report import badge_files, findings, write_comparison
         from mechinterp.studies.finetuning import Training
@@ -96,19 +100,16 @@ def compare_finetuned(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         own: str | Path | None = (badge or "") if project_badge else None
         if own is not None:
-            badge_files(own)  # a badge that cannot be used is said before the work
-        words = words_of(label)
+            badge_files(own)  # what cannot be used is said before the work
+        if run_shap:
+            check_package(METHOD)
         fields: dict[str, Any] = {
             "text_field": text_field,
             "label_field": label_field,
             "labels": list(words) if words else None,
         }
-        every = read_labelled(dataset, split=eval_split if eval_dataset is None else train_split, **fields)
-        other = None
-        if eval_dataset is not None:
-            every = read_labelled(eval_dataset, split=eval_split, **fields)
-        if finetune:
-            other = read_labelled(dataset, split=train_split, **fields)
+        every = read_labelled(eval_dataset or dataset, split=eval_split, **fields)
+        other = read_labelled(dataset, split=train_split, **fields) if finetune else None
         shared = other is not None and other.texts == every.texts
         most = max(1, len(every) // 3) if shared else len(every)
         evaluated = every.part(min(EVALUATED, most) if eval_size is None else eval_size, seed)
@@ -120,6 +121,9 @@ def compare_finetuned(
         asked: dict[str, Any] = {"answer": continuation, "chat": chat, "system": system}
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device, load_in_4bit=load_in_4bit)
         typer.echo(f"{loaded}\n")
+        if run_shap:
+            first = mi.Examples.of([evaluated.texts[0]])
+            Labelling.of(loaded, words, prompt, **asked).against_others(loaded, first, list(words)[:1])
         kept: Path | None = None
         about: dict[str, object] = {"dataset": dataset, "seed": seed, "adapter": adapter}
         if other is not None:
@@ -135,7 +139,7 @@ def compare_finetuned(
             about |= {"trained_on": len(training)}
         found = compare(
             loaded, list(evaluated.texts), words, prompt, gold=evaluated.labels,
-            explain=min(explain, len(evaluated)) if run_shap else 0, evaluations=evaluations, seed=seed,
+            explain=min(explain, len(evaluated)) if run_shap else 0, method=METHOD, evaluations=evaluations, seed=seed,
             told=lambda line: typer.echo(line, err=True), **asked,
         )  # fmt: skip
         for line in findings(found):
@@ -143,6 +147,8 @@ def compare_finetuned(
         about |= {"command": shlex.join(["mechinterp", *sys.argv[1:]])}
         title = f"What fine-tuning changed: {Path(dataset).name} in {Path(model).name}"
         report = write_comparison(found, loaded, out, title=title, adapter=kept, badge=own, manifest=about)
+        if kept is not None:  # it is in the study now
+            shutil.rmtree(kept)
         typer.echo(f"\nreport: {report}")
 
 
