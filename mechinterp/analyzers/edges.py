@@ -93,8 +93,8 @@ class EdgeAttribution(Analyzer):
                 f"the clean run's gradient of {self.metric} is zero, since it compares with the clean run; give"
                 ' EdgeAttribution another method, such as "eap-ig-inputs", or another metric, such as logit_diff()'
             )
-        if self.steps < 1:
-            raise NeedsError(f"The steps of EdgeAttribution must be at least 1. Got {self.steps}")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise NeedsError(f"The steps of EdgeAttribution must be a whole number, at least 1. Got {self.steps}")
 
     def needs(self, model: Model) -> Needs:
         _check_in_force(model, self.method)

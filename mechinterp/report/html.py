@@ -20,7 +20,7 @@ from mechinterp.report.tokens import coloured_tokens
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-ROWS = 12
+ROWS = 20
 """Rows of each table on the page; all of them are in the files beside it."""
 TEXTS = 20
 """Texts shown on the colour of their tokens' attributions."""

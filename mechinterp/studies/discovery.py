@@ -117,7 +117,8 @@ def _check(method: str, types: Sequence[str], candidates: int, threshold: float,
     for name, given, known in (("method", (method,), get_args(Method)), ("circuit_types", types, get_args(Kind))):
         if isinstance(given, str) or not given or not {*given} <= {*known}:
             raise NeedsError(f"The {name} of discover must be some of {', '.join(map(repr, known))}. Got {given!r}")
-    if candidates < 1 or threshold < 0 or not faithful > 0:
+    odd = [value for value in (candidates, threshold, faithful) if isinstance(value, bool | str) or value is None]
+    if odd or candidates < 1 or threshold < 0 or not faithful > 0:
         raise NeedsError(
             "The candidates of discover must be at least 1, its threshold not under 0, its faithful above 0. Got"
             f" {candidates}, {threshold}, {faithful}"
