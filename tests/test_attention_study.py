@@ -240,6 +240,7 @@ def test_the_files_of_a_study(tmp_path: Path, llama: mi.Model) -> None:
     difference = np.nanmean(shares[correct]) - np.nanmean(shares[~correct])
     assert overall["difference"] == pytest.approx(float(difference), abs=1e-6)
     text = (out / "analysis_summary_report.txt").read_text()
+    assert "Every prediction is" not in text
     assert f"{right} of {N} predictions (from the file) are correct" in text
     assert "people" in text and "How to read this" in text
     assert max(map(len, text.splitlines())) <= 130
@@ -379,3 +380,10 @@ def test_groups_of_a_sample() -> None:
     assert group_of(replace(sample, prediction="up"), "correctness") == "correct"
     assert group_of(replace(sample, prediction=None), "correctness") is None
     assert len(Samples((sample,), ("up", "down"))) == 1
+
+
+def test_one_prediction_for_all_is_said(tmp_path: Path, llama: mi.Model) -> None:
+    same = [{**row, "prediction": "Mary"} for row in rows()]
+    study = run(setup(tmp_path, samples=same, prediction_category=False), llama)
+    said = (study.folder / "analysis_summary_report.txt").read_text()
+    assert "Every prediction is Mary, so right and wrong differ in their label, too." in " ".join(said.split())

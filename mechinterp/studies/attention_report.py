@@ -91,9 +91,15 @@ def _task(study: AttentionStudy) -> str:
     if not rows:
         return f"{count(len(study.samples), 'sample')}, predictions {told}; {_groups(study)}."
     right = sum(s.label == s.prediction for s in rows)
+    one = {s.prediction for s in rows}
+    same = (
+        f" Every prediction is {next(iter(one))}, so right and wrong differ in their label, too."
+        if len(one) == 1
+        else ""
+    )
     return (
         f"{right} of {count(len(rows), 'prediction')} ({told}) are correct, {right / len(rows):.0%};"
-        f" groups: {_groups(study)}."
+        f" groups: {_groups(study)}.{same}"
     )
 
 
@@ -110,7 +116,7 @@ def _overall(study: AttentionStudy, pair: tuple[str, str]) -> str:
     """Which categories differ in the mean over all heads."""
     data: Any = study.categories.data
     found = [
-        f"{c} ({float(data['difference'].sel(category=c)):+.3f}, d {float(data['d'].sel(category=c)):+.2f},"
+        f"{c} ({_share(float(data['difference'].sel(category=c)), True)}, d {float(data['d'].sel(category=c)):+.2f},"
         f" q {_q(float(data['q'].sel(category=c)))})"
         for c in data["category"].values
         if float(data["q"].sel(category=c)) < ALPHA
@@ -133,15 +139,21 @@ def _of_category(study: AttentionStudy, category: str, pair: tuple[str, str]) ->
     best = sure.loc[sure["d"].abs().idxmax()]
     at = {"layer": int(best["layer"]), "head": int(best["head"]), "category": category}
     shares = [float(study.heads.data["share"].sel({**at, "group": group})) for group in pair]
+    told = ", ".join(f"{_share(share)} when {group}" for share, group in zip(shares, pair, strict=True))
     return (
-        f"{said}; most of all head {at['head']} of layer {at['layer']}: {shares[0]:.3f} when {pair[0]},"
-        f" {shares[1]:.3f} when {pair[1]}, d {best['d']:+.2f} ({best['d_ci_low']:+.2f} to {best['d_ci_high']:+.2f}),"
-        f" q {_q(best['difference_q'])}."
+        f"{said}; most of all head {at['head']} of layer {at['layer']}: {told}, d {best['d']:+.2f}"
+        f" ({best['d_ci_low']:+.2f} to {best['d_ci_high']:+.2f}), q {_q(best['difference_q'])}."
     )
 
 
 def _q(q: float) -> str:
     return "not tested" if math.isnan(q) else f"{q:.3f}" if q >= 0.00095 else f"{q:.1e}"
+
+
+def _share(share: float, signed: bool = False) -> str:
+    """Four decimals, or two digits where these would all be 0."""
+    form = ".4f" if share == 0 or abs(share) >= 0.00095 else ".1e"
+    return format(share, f"+{form}" if signed else form)
 
 
 def analysis(study: AttentionStudy) -> dict[str, Any]:
@@ -367,7 +379,7 @@ def _layer_table(study: AttentionStudy) -> list[str]:
 
 def _number(value: Any, signed: bool = False) -> str:
     number = float(value)
-    return "–" if math.isnan(number) else f"{number:+.4f}" if signed else f"{number:.4f}"
+    return "–" if math.isnan(number) else _share(number, signed)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
