@@ -1,10 +1,10 @@
 """Attribution of tokens, beside captum and shap as their users call them, and how faithful each method is.
 
-The prompts are of 30 tokens, bare or as the text in a template of about 120 more. captum's integrated gradients get the
-embeddings and `logits_to_keep=1`; captum's KernelSHAP masked token ids, one input a pass, which is its default, and 50 a
-pass, which its users may ask for; shap its Text masker and a function of lists of strings, which tokenizes, pads and runs
-them, as its documentation does. All masked tokens are the padding token, and all methods have as many evaluations. The
-correlation with ours is among the facts.
+The prompts are of 30 tokens, bare or as the text in a template of about 120 more. captum's integrated gradients get
+the embeddings and `logits_to_keep=1`; captum's KernelSHAP masked token ids, one input a pass, which is its default,
+and 50 a pass, which its users may ask for; shap its Text masker and a function of lists of strings, which
+tokenizes, pads and runs them, as its documentation does. All masked tokens are the padding token, and all methods
+have as many evaluations. The correlation with ours is among the facts.
 """
 
 import sys
