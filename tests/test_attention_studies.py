@@ -210,7 +210,7 @@ def test_three_formats_hold_the_same_dialogue(tmp_path: Path) -> None:
     [
         ("d.md", "Anna: a", "none of .jsonl, .json, .txt"),
         ("d.txt", "had a book\nTom: a", "line 1 names no speaker"),
-        ("d.txt", "Anna: a\nAnna: b", "2 to 8 speakers. Got 1"),
+        ("d.txt", "Anna: a\nAnna: b", "2 to 8 speakers. Got 1; name the speaker of each turn"),
         ("d.txt", "Anna: a\nTom:", "turn 1 has no text"),
         ("d.txt", "", "Got 0"),
         ("d.txt", "(first token): a\nTom: b", "is taken"),

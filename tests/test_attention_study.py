@@ -299,6 +299,29 @@ def test_a_group_without_samples_is_said(tmp_path: Path, llama: mi.Model, right:
     assert "Nothing was compared" in text
 
 
+def test_a_category_that_one_group_never_sees(tmp_path: Path, llama: mi.Model) -> None:
+    """One prediction is wrong, and in its text nobody goes to a place."""
+    samples = [{**r, "prediction": r["label"]} for r in rows()]
+    samples[3] |= {"text": "Then, Tom gave a drink", "prediction": {"Mary": "John", "John": "Mary"}[rows()[3]["label"]]}
+    study = run(setup(tmp_path, samples=samples), llama)
+    assert study.compared == ("correct", "incorrect")
+    assert any(note.startswith("no difference in") and "places" in note for note in study.notes)
+    places = json.loads((tmp_path / "out" / "comparison_analysis_results.json").read_text())["categories"]["places"]
+    assert places["mean_over_heads"]["difference"] is None and places["any_head"]["p"] is None
+    assert places["strongest_heads"] == []
+    text = (tmp_path / "out" / "analysis_summary_report.txt").read_text()
+    assert "places: not compared" in text
+
+
+def test_heads_that_are_not_there_are_refused_before_the_work(tmp_path: Path, llama: mi.Model) -> None:
+    config = StudyConfig.load(setup(tmp_path))
+    for head in ((3, 0), (0, 4)):
+        shown = config.visualisation.model_copy(update={"heads": ((0, 0), head)})
+        with pytest.raises(ConfigurationError, match=rf"layer {head[0]}, head {head[1]}.*0 to 2 with heads 0 to 3"):
+            mi.studies.attention_study(config.model_copy(update={"visualisation": shown}), model=llama)
+    assert not (tmp_path / "out.shards").exists()
+
+
 def test_three_groups_need_two_to_compare(tmp_path: Path, llama: mi.Model) -> None:
     study = run(setup(tmp_path, groups="desk"), llama)
     assert study.compared is None

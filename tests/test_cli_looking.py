@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,13 @@ def test_texts_are_compared(here: Path, folders: dict[str, str]) -> None:
         f"differ by {float(saved.mean()):.3f} bits on average, most in a{at[0]}.h{at[1]} {float(saved.max()):.3f}"
         in text
     )
-    assert [f for f in study(here / "s")["files"] if f.startswith("figures/heads-side-by-side-")]
+    pages = [f for f in study(here / "s")["files"] if f.startswith("figures/heads-side-by-side-")]
+    assert len(pages) == 2
+    titles = re.findall(r"layer (\d+), head (\d+)", (here / "s" / pages[0]).read_text())
+    order = np.argsort(-saved.values.ravel())[:6]  # the texts differ in length
+    assert [4 * int(layer) + int(head) for layer, head in titles] == order.tolist()
+    views = mi.Result.load(here / "s/results/attention-patterns").views
+    assert all(view.title.endswith(", in the first text") for view in views)
 
 
 def test_labels_of_a_file_are_compared_over_examples(here: Path, folders: dict[str, str]) -> None:
@@ -147,6 +154,7 @@ def test_equal_models_are_one_line(here: Path, folders: dict[str, str]) -> None:
     [
         (["visualize-attention"], "give a file DIALOGUE or --text"),
         (["visualize-attention", "d.txt", "--text", "a"], "and not both"),
+        (["compare-attention", "a.jsonl", "b.jsonl"], "only one can be given"),
         (["visualize-attention", "d.md"], "d.md is none of .jsonl, .json, .txt"),
         (["visualize-attention", "--text", "a", "--heads", "1"], "must be layers and heads"),
         (["visualize-attention", "--text", "a", "--heads", "a.b"], "must be layers and heads"),

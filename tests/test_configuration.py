@@ -60,6 +60,11 @@ def test_what_is_not_given_has_defaults_and_paths_are_beside_the_file(tmp_path: 
         ("mode: constrained", "mode: generated\n  mode: file", r"yaml:5 repeats the key generation.mode, which line 4"),
         ("  labels: [increase, decrease]\n", "", r"yaml:3: generation: mode 'constrained' needs labels"),
         ("[increase, decrease]", "[increase]", r"yaml:5: generation.labels: .*at least 2"),
+        (
+            "[increase, decrease]",
+            "[yes, no]",
+            r"^\S+yaml:5: generation.labels.0 must be text; put it in quotes. Got True",
+        ),
         ("[increase, decrease]", "[increase, ' Increase']", r"yaml:3: generation: labels must differ"),
         ("{text} The", "The", r"yaml:3: generation: prompt must hold \{text\} exactly once"),
         (

@@ -263,6 +263,20 @@ def test_bars_begin_at_the_centre_and_are_those_farthest_from_it() -> None:
         assert patch.get_x() + patch.get_width() == pytest.approx(value)
 
 
+def test_counts_have_no_halves_and_a_difference_stays_on_its_line() -> None:
+    data = xr.Dataset({"heads": ("category", [3, 0])}, {"category": ["risk", "filler"]})
+    title = "Specialised heads by category, when correct - when incorrect, 1 → 2"
+    view = mi.View("bars", "heads", "category", title=title)
+    made = mi.Result(data, {}, (view,))
+    picture = matplotlib_figure(made, view)
+    picture.canvas.draw()
+    assert all(float(tick).is_integer() for tick in picture.axes[0].get_xticks())
+    assert plotly_figure(made, view).layout.xaxis.dtick == 1
+    lines = picture.axes[0].get_title(loc="left").split("\n")
+    assert " ".join(lines) == title and len(lines) > 1
+    assert not any(line.startswith(("-", "→")) or line.endswith(("-", "→")) for line in lines)
+
+
 def test_a_logarithmic_axis_has_plain_numbers() -> None:
     shares = [0.001, 0.01, 0.1, 1.0]
     data = xr.Dataset({"share": ("fraction", [0.1, 0.2, 0.6, 1.0])}, {"fraction": shares})

@@ -78,7 +78,7 @@ class AttentionPatterns(Analyzer):
             assert at[0] is not None and at[1] is not None
             if bool((at[1].columns > at[0].columns).any()):
                 raise NeedsError(
-                    f"The pair of AttentionPatterns must be a query and a key that it sees. Got {self.pair};"
+                    f"the pair of AttentionPatterns must be a query and a key that it sees. Got {self.pair};"
                     " a key stands at or before its query"
                 )
             here = at[1].columns.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.device)
@@ -107,6 +107,7 @@ class AttentionPatterns(Analyzer):
         names = np.array(tokens, dtype=str)
         data = result.data.assign(query_token=(("example", "query"), names), key_token=(("example", "key"), names))
         strongest = data["focus"].isel(example=0)
+        which = ", in the first text" if data.sizes["example"] > 1 else ""
         order = np.argsort(-strongest.values.ravel(), kind="stable")[:SHOWN]
         views = tuple(
             View(
@@ -114,7 +115,7 @@ class AttentionPatterns(Analyzer):
                 "pattern",
                 "key",
                 "query",
-                title=f"Attention of layer {layer}, head {head}",
+                title=f"Attention of layer {layer}, head {head}{which}",
                 unit="share of attention",
                 select={"layer": layer, "head": head, "example": 0},
                 x_text="key_token",

@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".json", ".txt")
 NAMED = 3
 """Heads that a sentence names."""
-Heads = Annotated[
-    str | None,
-    typer.Option(
-        "--heads",
-        metavar="L.H,L.H,...",
-        help="Heads to show, such as 10.1,16.0; else those that attend most to one token.",
-    ),
-]
+SIDE_BY_SIDE = 6
+"""Heads of each input that are shown beside those of the others."""
+
+
+def _shown(otherwise: str) -> Any:
+    return typer.Option(
+        "--heads", metavar="L.H,L.H,...", help=f"Heads to show, such as 10.1,16.0; else those that {otherwise}."
+    )
 
 
 def visualize_attention(
@@ -57,7 +57,7 @@ def visualize_attention(
         ),
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="One text instead of a dialogue.")] = None,
-    heads: Heads = None,
+    heads: Annotated[str | None, _shown("attend most to one token")] = None,
     pair: Annotated[
         str | None,
         typer.Option("--pair", metavar="Q,K", help="Query and key of the neuron view, such as end,4; by position."),
@@ -103,7 +103,7 @@ def compare_attention(
         list[str],
         typer.Argument(metavar="TEXT TEXT... | FILE", help="Two texts or more, or a .jsonl or .csv file: text, label."),
     ],
-    heads: Heads = None,
+    heads: Annotated[str | None, _shown("differ most")] = None,
     batch_size: BatchSize = None,
     model: ModelName = "smollm2",
     seed: Seed = 0,
@@ -118,7 +118,7 @@ def compare_attention(
     chosen = _heads(heads)
     with reported(debug):
         from mechinterp.analyzers.patterns import fits
-        from mechinterp.report.attention import attention_figures, strongest
+        from mechinterp.report.attention import attention_figures
 
         check_out(out)
         examples = mi.Examples.of(inputs) if file is None else read_examples(file)
@@ -129,7 +129,7 @@ def compare_attention(
         single = len(compared.data["input"]) == len(examples)
         if single and fits(loaded, loaded.tokenize(examples).lengths):  # they can be looked at
             patterns = mi.run(loaded, examples, mi.AttentionPatterns(), batch_size=1, seed=seed)
-            same = chosen or strongest(patterns, most=6)
+            same = chosen or _differing(compared, SIDE_BY_SIDE)
             for i, name in enumerate(compared.data["input"].values):
                 figures[f"Heads side by side: {name}"] = attention_figures(patterns, i, same)["Heads side by side"]
             results.append(patterns)
@@ -190,6 +190,11 @@ def _patterns(
 def _file(inputs: Sequence[str]) -> Path | None:
     """The file that a single input names; None for texts. Anything else is wrong usage."""
     if len(inputs) > 1:
+        if names := [one for one in inputs if Path(one).suffix in READERS and len(one.split()) == 1]:
+            raise typer.BadParameter(
+                f"{names[0]} is a file, and only one can be given; put all rows into one, with a label each",
+                param_hint="TEXT",
+            )
         return None
     file = Path(inputs[0])
     if file.suffix not in READERS:
@@ -281,6 +286,14 @@ def _focused(patterns: "mi.Result", heads: Sequence[tuple[int, int]]) -> str:
     focus: Any = patterns.data["focus"].isel(example=0)
     named = ", ".join(f"a{a}.h{b} {float(focus.sel(layer=a, head=b)):.2f}" for a, b in heads)
     return f"The heads that attend most to one earlier token but the first: {named}."
+
+
+def _differing(compared: "mi.Result", most: int) -> list[tuple[int, int]]:
+    """The heads whose attention differs most between two inputs: token by token, where that can be said of some."""
+    difference: Any = compared.data["difference"]
+    measure = "js_tokens" if "js_tokens" in difference["measure"].values else "js"
+    frame: Any = difference.sel(measure=measure).max("pair").to_series().sort_values(ascending=False, kind="stable")
+    return [(int(layer), int(head)) for layer, head in frame.index[:most]]
 
 
 def _speakers(between: "mi.Result") -> str:

@@ -48,7 +48,7 @@ def plotly_figure(result: Result, view: View) -> go.Figure:
     else:
         size = _plotly_bars(figure, shown)
     width, height = size
-    title = "<br>".join(html.escape(t, quote=False) for t in textwrap.wrap(shown.title, max(24, width // 9)))
+    title = "<br>".join(html.escape(t, quote=False) for t in _wrapped(shown.title, max(24, width // 9)))
     figure.update_layout(
         template="plotly_white",
         width=width,
@@ -94,7 +94,7 @@ def matplotlib_figure(result: Result, view: View) -> Figure:
         _matplotlib_bars(axes, shown)
     if isinstance(shown, Bars):
         width -= 0.07 * max(map(len, shown.names))  # the title starts right of the names
-    title = textwrap.fill(shown.title, max(24, int(width * 10)))
+    title = "\n".join(_wrapped(shown.title, max(24, int(width * 10))))
     note = textwrap.fill(shown.note, max(24, int(width * 13)))
     lines = (note.count("\n") + 1) * bool(note)
     if isinstance(shown, Heats):  # above all panels: a title of the first would widen it
@@ -288,7 +288,8 @@ def _plotly_bars(figure: go.Figure, bars: Bars) -> tuple[int, int]:
         customdata=bars.values, hovertemplate=f"%{{y}}<br>{_plain(bars.label)} %{{customdata:.4g}}<extra></extra>",
     )  # fmt: skip
     figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
-    figure.update_xaxes(title=_plain(bars.label), zerolinecolor="#888")
+    step = 1 if _whole(bars) and len(bars.values) and np.ptp([0, *bars.values]) <= 10 else None
+    figure.update_xaxes(title=_plain(bars.label), zerolinecolor="#888", dtick=step)
     return 560, 130 + 24 * len(bars.names)
 
 
@@ -404,6 +405,8 @@ def _matplotlib_bars(axes: Axes, bars: Bars) -> None:
     axes.axvline(bars.center, color="#888888", linewidth=0.8)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
+    if _whole(bars):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(places, [drawable(name) for name in bars.names])  # ticks are set anew when drawn
     axes.invert_yaxis()
     axes.set_xlabel(bars.label, fontsize=9)
@@ -439,6 +442,17 @@ def _count(shown: Panel) -> int:
 
 def _between(value: int, low: int, high: int) -> int:
     return max(low, min(high, value))
+
+
+def _wrapped(title: str, width: int) -> list[str]:
+    """Lines of a title; what is subtracted or leads to something stays on one line with it."""
+    glued = title.replace(" - ", "\xa0-\xa0").replace(" → ", "\xa0→\xa0")
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(glued, width)]
+
+
+def _whole(bars: Bars) -> bool:
+    """Whether these are counts, whose axis has no halves."""
+    return bars.low is None and bool((bars.values == np.round(bars.values)).all())
 
 
 def _colors(n: int) -> list[str]:

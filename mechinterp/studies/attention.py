@@ -104,6 +104,7 @@ def attention_study(
     samples = _read(settings)
     wanted = settings.model
     model = model or Model.load(wanted.name, adapter=wanted.adapter, dtype=wanted.dtype, device=wanted.device)
+    _check_heads(settings, model)
     samples, examples, notes = prepare(settings, model, samples, lenient=debug)
     shards = Shards(out.with_name(f"{out.name}.shards"), len(samples), settings.analysis.shard_size)
     shards.open(study_key(settings, model, samples, examples))
@@ -172,6 +173,17 @@ def prepare(
     return kept, examples, tuple(notes)
 
 
+def _check_heads(config: StudyConfig, model: Model) -> None:
+    """Raises ConfigurationError where the model lacks a head whose matrices shall be kept."""
+    layers, heads = model.dims.n_layers, model.dims.n_heads
+    for layer, head in config.visualisation.heads or ():
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise ConfigurationError(
+                f"visualisation.heads has layer {layer}, head {head}, which the model does not have; it has layers 0 to"
+                f" {layers - 1} with heads 0 to {heads - 1}"
+            )
+
+
 def _for_debug(config: StudyConfig) -> StudyConfig:
     """A small quick run of the same study, in a folder of its own."""
     few = min(config.analysis.limit or DEBUG_SAMPLES, DEBUG_SAMPLES)
@@ -236,7 +248,8 @@ def _test(
     groups = tuple(group_of(sample, config.analysis.groups) for sample in rows)
     sizes = {name: groups.count(name) for name in dict.fromkeys(g for g in groups if g is not None)}
     if not sizes:
-        raise ExamplesError(f"no sample of {len(rows)} belongs to a group; {'; '.join(notes)}")
+        fix = "ask for a label in generation.prompt, or raise max_new_tokens" if lost else "give them one"
+        raise ExamplesError(f"no sample of {len(rows)} belongs to a group; {'; '.join([*notes, fix])}")
     pair, more = _pair(config, sizes)
     notes += more
     grouped = [i for i, group in enumerate(groups) if group is not None]

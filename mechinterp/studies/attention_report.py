@@ -132,6 +132,8 @@ def _of_category(study: AttentionStudy, category: str, pair: tuple[str, str]) ->
     table: Any = study.heads.table("difference")
     mine = table[table["category"] == category]
     sure = mine[mine["significant"].astype(bool)]
+    if not len(mine):  # no sample of one of the groups sees it
+        return f"{category}: not compared."
     anywhere = float(study.heads.data["category_q"].sel(category=category))
     said = f"{category}: {len(sure)} of {count(len(mine), 'head')} differ (q < .05; any at all: q {_q(anywhere)})"
     if not len(sure):
@@ -197,15 +199,15 @@ def comparison(study: AttentionStudy) -> dict[str, Any]:
     if study.compared is None:
         return {"compared": None, "notes": list(study.notes)}
     first, second = study.compared
-    overall: Any = study.categories.table("difference").set_index("category")
-    table: Any = study.heads.table("difference")
+    overall: Any = study.categories.data
+    table: Any = study.heads.table("difference")  # without what no sample of a group sees
     names = ("difference", "d", "p", "q")
     categories: dict[str, Any] = {}
     for c in map(str, study.heads.data["category"].values):
         mine = table[table["category"] == c]
         order = mine["difference_q"].fillna(1.0).to_numpy(), -mine["d"].abs().fillna(0.0).to_numpy()
         top = mine.iloc[np.lexsort(order[::-1])[:TOP]]
-        row = overall.loc[c]
+        row = overall.sel(category=c)
         categories[c] = {
             "mean_over_heads": {name: float(row[name]) for name in names}
             | {"ci": [float(row["ci_low"]), float(row["ci_high"])]}

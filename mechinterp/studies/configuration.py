@@ -227,8 +227,11 @@ def _walk(node: Any, path: Path_, lines: dict[Path_, int], name: str) -> None:
 def _said(error: ValidationError, lines: Mapping[Path_, int], name: str) -> list[str]:
     """One sentence for each thing that is wrong, in the order of lines."""
     out: list[tuple[int, str]] = []
-    for each in error.errors():
+    errors = error.errors()
+    for each in errors:
         loc: Path_ = tuple(each["loc"])
+        if any(len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in errors):
+            continue  # too short a list, say, because its entries are wrong
         known = next((loc[:n] for n in range(len(loc), 0, -1) if loc[:n] in lines), loc[:0])
         line = lines.get(known, 1)
         key = ".".join(map(str, known)) or "the top"
@@ -239,6 +242,8 @@ def _said(error: ValidationError, lines: Mapping[Path_, int], name: str) -> list
             said = f"the key {key} is unknown; {fix}"
         elif each["type"] == "missing":
             said = f"the key {'.'.join(map(str, loc))} is missing; add it"
+        elif each["type"] == "string_type" and isinstance(each["input"], int | float):  # `yes` is a truth to YAML
+            said = f"{key} must be text; put it in quotes. Got {each['input']!r}"
         else:
             what = each["msg"].removeprefix("Value error, ")
             got = "" if each["type"] == "value_error" else f". Got {each['input']!r}"

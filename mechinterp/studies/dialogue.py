@@ -47,7 +47,10 @@ class Dialogue:
                     f"turn {i} has no {'speaker' if not speaker.strip() else 'text'}; give every turn both"
                 )
         if not 2 <= len(self.speakers) <= MOST_SPEAKERS:
-            raise ExamplesError(f"a dialogue must have 2 to {MOST_SPEAKERS} speakers. Got {len(self.speakers)}")
+            raise ExamplesError(
+                f"a dialogue must have 2 to {MOST_SPEAKERS} speakers. Got {len(self.speakers)}; name the speaker of"
+                " each turn, such as 'Anna: words'"
+            )
         if FIRST in self.speakers:
             raise ExamplesError(f"the name {FIRST!r} is taken; give that speaker another")
         if len(self.turns) > MOST_TURNS:
