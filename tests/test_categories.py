@@ -222,6 +222,15 @@ def test_bad_input(llama: mi.Model) -> None:
         mi.run(llama, texts().categorize(PLACES), mi.AttentionByCategory(queries="verb"))
 
 
+def test_a_category_that_comes_after_all_queries_is_said(llama: mi.Model) -> None:
+    examples = mi.Examples.of(["Mary saw the park", "John saw the park"]).categorize(
+        mi.Vocabulary.of({"place": ["park"], "verb": ["saw"]})
+    )
+    result = mi.run(llama, examples, mi.AttentionByCategory(queries=1))
+    assert result.data["share"].sel(category="place").isnull().all()
+    assert result.meta["notes"][-1] == "no query sees a token of place, so that there is no share"
+
+
 def test_a_text_without_the_category_has_no_share(llama: mi.Model) -> None:
     examples = mi.Examples.of(["the park and then", "Mary then saw John"]).categorize(
         mi.Vocabulary.of({"park": ["park"]})

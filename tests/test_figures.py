@@ -272,6 +272,10 @@ def test_counts_have_no_halves_and_a_difference_stays_on_its_line() -> None:
     picture.canvas.draw()
     assert all(float(tick).is_integer() for tick in picture.axes[0].get_xticks())
     assert plotly_figure(made, view).layout.xaxis.dtick == 1
+    numbers = mi.Result(xr.Dataset({"n": (("a", "b"), np.eye(2) + 1)}), {}, (mi.View("heatmap", "n", "b", "a"),))
+    bar = matplotlib_figure(numbers, numbers.views[0]).axes[1]
+    assert all(float(tick).is_integer() for tick in bar.get_yticks())
+    assert plotly_figure(numbers, numbers.views[0]).data[0].colorbar.dtick == 1
     lines = picture.axes[0].get_title(loc="left").split("\n")
     assert " ".join(lines) == title and len(lines) > 1
     assert not any(line.startswith(("-", "→")) or line.endswith(("-", "→")) for line in lines)

@@ -199,6 +199,9 @@ def category_statistics(
     data = (each.data if isinstance(each, Result) else each).transpose("example", "layer", "head", "category", ...)
     rows, notes = _groups(data, groups)
     found = [_of_group(data.isel(example=row), seed) for row in rows.values()]
+    seen = np.sum([one["examples"][1] for one in found], 0)
+    if unseen := [str(name) for name, n in zip(data["category"].values, seen, strict=True) if not n]:
+        notes.append(f"no query sees a token of {', '.join(unseen)}, so that there is no share")
     variables: dict[str, Any] = {
         name: (("group", *axes), np.stack([one[name][1] for one in found])) for name, (axes, _) in found[0].items()
     }

@@ -210,6 +210,7 @@ def _plotly_mesh(
         hoverongaps=False,
         colorbar={
             "title": {"text": f" <br>{_plain(heat.label)}", "side": "right"},
+            "dtick": _step(heat.values),
             "thickness": 12,
             "outlinewidth": 0,
             **({"x": bar, "xanchor": "left", "xpad": 0} if across else {}),
@@ -288,7 +289,7 @@ def _plotly_bars(figure: go.Figure, bars: Bars) -> tuple[int, int]:
         customdata=bars.values, hovertemplate=f"%{{y}}<br>{_plain(bars.label)} %{{customdata:.4g}}<extra></extra>",
     )  # fmt: skip
     figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
-    step = 1 if _whole(bars) and len(bars.values) and np.ptp([0, *bars.values]) <= 10 else None
+    step = _step(bars.values, bars.low)
     figure.update_xaxes(title=_plain(bars.label), zerolinecolor="#888", dtick=step)
     return 560, 130 + 24 * len(bars.names)
 
@@ -323,6 +324,8 @@ def _matplotlib_heats(figure: Figure, all_axes: list[Axes], heats: Heats) -> Non
 def _bar(figure: Figure, axes: Axes | list[Axes], mesh: QuadMesh, heat: Heat) -> None:
     share = 0.05 if isinstance(axes, Axes) else 0.02
     bar = figure.colorbar(mesh, ax=axes, fraction=share, pad=0.02, aspect=max(15.0, 7 * figure.get_figheight()))
+    if _whole(heat.values):
+        bar.locator = MaxNLocator(integer=True)
     bar.set_label(heat.label, fontsize=9)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]  # a Spine, which matplotlib's stub calls a method
@@ -405,7 +408,7 @@ def _matplotlib_bars(axes: Axes, bars: Bars) -> None:
     axes.axvline(bars.center, color="#888888", linewidth=0.8)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
-    if _whole(bars):
+    if _whole(bars.values, bars.low):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(places, [drawable(name) for name in bars.names])  # ticks are set anew when drawn
     axes.invert_yaxis()
@@ -450,9 +453,15 @@ def _wrapped(title: str, width: int) -> list[str]:
     return [line.replace("\xa0", " ") for line in textwrap.wrap(glued, width)]
 
 
-def _whole(bars: Bars) -> bool:
-    """Whether these are counts, whose axis has no halves."""
-    return bars.low is None and bool((bars.values == np.round(bars.values)).all())
+def _whole(values: Numbers, low: Numbers | None = None) -> bool:
+    """Whether these are counts or numbers of something, whose axis has no halves."""
+    known = values[np.isfinite(values)]
+    return low is None and bool(len(known)) and bool((known == np.round(known)).all())
+
+
+def _step(values: Numbers, low: Numbers | None = None) -> int | None:
+    """Between the ticks of few whole numbers: one; None where plotly chooses well by itself."""
+    return 1 if _whole(values, low) and np.nanmax(np.abs(values)) <= 10 else None
 
 
 def _colors(n: int) -> list[str]:
