@@ -198,16 +198,17 @@ def test_groups_that_cannot_be_compared_are_refused_or_said(llama: mi.Model) -> 
         run(None, ("right", "wrong"))
     one = run(["right"] * 12)
     assert "difference" not in one.data
-    assert one.meta["notes"] == ["one group, 'right': no differences"]
-    assert run(None).meta["notes"] == ["no labels: one group, no differences"]
-    assert run(["a", "b", "c"] * 4).meta["notes"] == ["3 groups: no differences; name two in groups="]
+    unseen = "no query sees a token of first, so that there is no share"
+    assert one.meta["notes"] == ["one group, 'right': no differences", unseen]
+    assert run(None).meta["notes"] == ["no labels: one group, no differences", unseen]
+    assert run(["a", "b", "c"] * 4).meta["notes"] == ["3 groups: no differences; name two in groups=", unseen]
     with pytest.warns(UserWarning, match="groups of 4 and 4 examples have too few splits for one cell of 36"):
         two = run(["a", "b", "c"] * 4, ("a", "c"))
     assert two.meta["notes"][0] == "4 of 12 examples are in none of the groups and were left out"
     assert list(two.data["group"].values) == ["a", "c"]
     some = run(["a", None, "a"] * 4)
     assert some.meta["groups"] == {"a": 8}
-    assert some.meta["notes"][-1] == "4 of 12 examples are in none of the groups and were left out"
+    assert some.meta["notes"][1] == "4 of 12 examples are in none of the groups and were left out"
     with pytest.raises(ExamplesError, match="none of the 12 examples has a label"):
         run([None] * 12)
 

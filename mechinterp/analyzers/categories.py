@@ -200,7 +200,8 @@ def category_statistics(
     rows, notes = _groups(data, groups)
     found = [_of_group(data.isel(example=row), seed) for row in rows.values()]
     seen = np.sum([one["examples"][1] for one in found], 0)
-    if unseen := [str(name) for name, n in zip(data["category"].values, seen, strict=True) if not n]:
+    unseen = [str(name) for name, n in zip(data["category"].values, seen, strict=True) if not n]
+    if unseen and len(rows) != 2:  # of two groups, it is said that these cannot be compared
         notes.append(f"no query sees a token of {', '.join(unseen)}, so that there is no share")
     variables: dict[str, Any] = {
         name: (("group", *axes), np.stack([one[name][1] for one in found])) for name, (axes, _) in found[0].items()
