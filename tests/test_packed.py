@@ -1,5 +1,6 @@
 """The packed sweep against the full one, on random sweeps of every kind of site; and what holds for it alone."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,13 @@ def a_site(data: st.DataObject, model: mi.Model) -> Site:
     return Site(kind, data.draw(st.sampled_from(layers)) if layers else None, heads, positions, neurons=neurons)
 
 
+def an_edit(data: st.DataObject, row: int, n: int) -> mi.Edit:
+    """Of few places, so that several of an example begin alike."""
+    positions = tuple(sorted(data.draw(st.sets(st.sampled_from([row % n, 1, n // 2, n - 2, n - 1]), min_size=1))))
+    tokens = data.draw(st.sampled_from([None, (7,) * len(positions), "mean", "zero"]))
+    return mi.Edit(positions, tokens)
+
+
 def a_sweep(data: st.DataObject, model: mi.Model, batch: TokenBatch) -> mi.Sweep:
     """A grid, a list of rows, or edited inputs; some with reads, some with sites that are held."""
     metric = ANY[data.draw(st.sampled_from(list(ANY)))]
@@ -102,10 +110,7 @@ def a_sweep(data: st.DataObject, model: mi.Model, batch: TokenBatch) -> mi.Sweep
     base, source = data.draw(st.permutations(["clean", "corrupted"])) if not given else ("clean", "clean")
     if form == "edits":
         lengths = batch.lengths.tolist()
-        edits = tuple(
-            tuple(mi.Edit((p,), data.draw(st.sampled_from([None, (7,)]))) for p in (row % n, n - 1, n // 2))
-            for row, n in enumerate(lengths)
-        )
+        edits = tuple(tuple(an_edit(data, row, n) for _ in range(4)) for row, n in enumerate(lengths))
         return mi.Sweep(metric, base=base, edits=edits)
     reads = tuple(a_site(data, model) for _ in range(data.draw(st.sampled_from([0, 0, 1, 2]))))
     chosen = None if reads and data.draw(st.booleans()) else metric
@@ -218,6 +223,31 @@ def test_chunks_order_and_company_do_not_matter(model: mi.Model) -> None:
     for row in range(5):
         alone = sweep_packed(model, batch.take([row]), sweep).values[0]
         torch.testing.assert_close(alone, expected.values[row, :, : alone.shape[1]], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", [mi.logit_diff(), mi.loss()], ids=["end", "everywhere"])
+def test_edited_inputs_that_begin_alike_carry_it_once(either: mi.Model, metric: mi.Metric) -> None:
+    """All masks of three tokens: a tree, of which every branch is what it would be alone."""
+    examples = mi.tasks.ioi(2)
+    masks = list(itertools.product([False, True], repeat=3))[1:]
+    edits = tuple(mi.Edit(tuple(p for p, one in zip((2, 5, 9), mask, strict=True) if one), "mean") for mask in masks)
+
+    class Masked(mi.Analyzer):
+        def needs(self, model: mi.Model) -> mi.Needs:
+            return mi.Needs(sweeps={"masked": mi.Sweep(metric, edits=edits, base="clean")})
+
+        def observe(self, batch: mi.Batch) -> mi.Part:
+            assert batch.sweeps["masked"].values is not None
+            return mi.Part(batch.sweeps["masked"].values, "example edit")
+
+    packed, full = (mi.run(either, examples, Masked(), engine=engine) for engine in ("packed", "full"))
+    np.testing.assert_allclose(packed.data["value"], full.data["value"], atol=2e-5)
+    firsts = [min(p for p, one in zip((2, 5, 9), mask, strict=True) if one) for mask in masks]
+    lengths = [len(row) for row in either.tokenize(examples).ids]
+    alone = sum(n - first for n in lengths for first in firsts) * either.dims.n_layers
+    # As a tree: each token after position 2, 5 or 9 once for each choice that was made until there.
+    tree = sum((5 - 2) + (9 - 5) * 3 + (n - 9) * 7 for n in lengths) * either.dims.n_layers
+    assert packed.meta["passes"]["sweep_token_layers"] == (tree if metric == mi.logit_diff() else alone)
 
 
 def test_the_base_runs_keys_and_values_are_never_written(model: mi.Model) -> None:

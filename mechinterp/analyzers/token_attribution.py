@@ -23,7 +23,15 @@ from mechinterp.core.result import Part, Result, View
 from mechinterp.core.tokens import BASELINES, Baseline
 from mechinterp.errors import NeedsError
 
-Method: TypeAlias = Literal["saliency", "grad-x-input", "integrated-gradients", "lime", "kernel-shap", "partition-shap"]
+Method: TypeAlias = Literal[
+    "saliency",
+    "grad-x-input",
+    "integrated-gradients",
+    "head-x-representation",
+    "lime",
+    "kernel-shap",
+    "partition-shap",
+]
 PERTURBING = ("lime", "kernel-shap", "partition-shap")
 ADDITIVE = {
     "integrated-gradients": "completeness_error",
@@ -45,6 +53,10 @@ class TokenAttribution(Analyzer):
       between them, by Gauss-Legendre quadrature. Further rounds double the points, up to 16 times `steps`, for the
       examples whose attributions do not add up to score - baseline_score within `tolerance`; what is left is
       ``completeness_error``, and a warning says where it is above tolerance.
+    - ``"head-x-representation"``: w · the token's own final representation, w being what multiplies that of the scored
+      token: a row of the head, or, of a metric that is not linear in the logits, its gradient there. It says what the
+      head would read at each token, and at the scored token it is the metric less its bias; it says nothing of
+      where that token got it from, and does not add up to anything.
     - ``"lime"`` (Ribeiro 2016), ``"kernel-shap"`` (Lundberg & Lee 2017): captum's, from `evaluations` inputs in which
       random tokens are masked. ``"partition-shap"``: shap's Owen values along a tree that halves the text at
       words, from `evaluations` inputs; with 2 for each token and each level of the tree they are exact.
@@ -62,7 +74,7 @@ class TokenAttribution(Analyzer):
     ``mean_size`` and ``occurrences`` of each word that occurs (``term``), in lower case.
 
     Attributes:
-        metric: what is attributed; it must have a gradient for the first three methods.
+        metric: what is attributed; it must have a gradient for the first four methods.
         positions: the name of a span whose tokens are attributed, such as the text in a template; None for all. The
             first token of a prompt is often an attention sink, and without it nothing is as it was: masking it says
             little about its meaning, and integrated gradients through it take very many steps. A span leaves it out.
@@ -110,9 +122,14 @@ class TokenAttribution(Analyzer):
         if self.method == "integrated-gradients":
             grads["mean"] = self._mean_gradient(self.steps)
         elif self.method not in PERTURBING:
-            grads["here"] = Grad(sites.embed(), self.metric)
-        read = self.method in ("grad-x-input", "integrated-gradients")
-        return Needs(reads=sites.embed() if read else (), grads=grads, sweeps={"ends": ends})
+            grads["here"] = Grad(self._site, self.metric)
+        reads = () if self.method in (*PERTURBING, "saliency") else self._site
+        return Needs(reads=reads, grads=grads, sweeps={"ends": ends})
+
+    @property
+    def _site(self) -> sites.Site:
+        """Whose value a gradient multiplies."""
+        return sites.final_norm() if self.method == "head-x-representation" else sites.embed()
 
     def _mean_gradient(self, steps: int) -> Grad:
         """The gradient on the line from the baseline to the input, averaged by quadrature."""
@@ -129,8 +146,10 @@ class TokenAttribution(Analyzer):
         elif self.method == "integrated-gradients":
             attribution = self._integrated(batch, chosen)
         else:
-            grad = batch.grads["here"][sites.embed()].float()
-            along = grad.norm(dim=-1) if self.method == "saliency" else _dot(grad, batch.clean[sites.embed()])
+            grad = batch.grads["here"][self._site].float()
+            if self.method == "head-x-representation":  # at scored tokens alone there is any
+                grad = grad.nan_to_num().sum(1, keepdim=True)
+            along = grad.norm(dim=-1) if self.method == "saliency" else _dot(grad, batch.clean[self._site])
             attribution = along.masked_fill(~chosen, float("nan"))
         ids = batch.examples.ids.cpu()
         # Of tokens, -1 marks padding on the right and NaN what was not attributed; `_stamp` does the former.
@@ -189,29 +208,33 @@ class TokenAttribution(Analyzer):
 
     def _result(self, data: xr.Dataset, context: Context) -> Result:
         ids = data["id"].transpose("example", "position").values
-        tokens = token_texts(context.model, ids)
-        attribution = data["attribution"].transpose("example", "position").values
-        words = [word_sums(row, values) for row, values in zip(tokens, attribution, strict=True)]
-        data = data.drop_vars("id").assign(token=(("example", "position"), tokens))
-        if name := ADDITIVE.get(self.method):
-            data = data.assign({name: data["score"] - data["baseline_score"] - data["attribution"].sum("position")})
-        sums = {
-            "word": _table("word_number", [[word for word, _ in row] for row in words], ""),
-            "word_attribution": _table("word_number", [[value for _, value in row] for row in words], np.nan),
-        }
-        data = data.assign({**sums, **_by_term(words)})
-        data = data.assign_coords({d: np.arange(n) for d, n in data.sizes.items() if d not in data.coords})
-        order = ["attribution", "token", "word_attribution", "word"]
-        data = data[[*order, *(str(name) for name in data.data_vars if name not in order)]]
-        unit = f"{self.method}, {self.metric.label}"
-        views = (
-            View(
-                "heatmap", "attribution", "position", "example", text="token", center=0.0,
-                title="What each token contributes", unit=unit,
-            ),
-            View("bars", "mean_attribution", "term", title="Mean contribution of each word where it occurs", unit=unit),
-        )  # fmt: skip
-        return Result(data, {"baseline": self.baseline, "method": self.method}, views)
+        data = data.drop_vars("id").assign(token=(("example", "position"), token_texts(context.model, ids)))
+        return described(data, self.method, self.baseline, self.metric.label)
+
+
+def described(data: xr.Dataset, method: str, baseline: str, unit: str) -> Result:
+    """The result of attributions, tokens and scores: what they leave over, and their sums over words and examples."""
+    attribution, tokens = (data[name].transpose("example", "position").values for name in ("attribution", "token"))
+    words = [word_sums(row, values) for row, values in zip(tokens, attribution, strict=True)]
+    if name := ADDITIVE.get(method):
+        data = data.assign({name: data["score"] - data["baseline_score"] - data["attribution"].sum("position")})
+    sums = {
+        "word": _table("word_number", [[word for word, _ in row] for row in words], ""),
+        "word_attribution": _table("word_number", [[value for _, value in row] for row in words], np.nan),
+    }
+    data = data.assign({**sums, **_by_term(words)})
+    data = data.assign_coords({d: np.arange(n) for d, n in data.sizes.items() if d not in data.coords})
+    order = ["attribution", "token", "word_attribution", "word"]
+    data = data[[*order, *(str(name) for name in data.data_vars if name not in order)]]
+    unit = f"{method}, {unit}"
+    views = (
+        View(
+            "heatmap", "attribution", "position", "example", text="token", center=0.0,
+            title="What each token contributes", unit=unit,
+        ),
+        View("bars", "mean_attribution", "term", title="Mean contribution of each word where it occurs", unit=unit),
+    )  # fmt: skip
+    return Result(data, {"baseline": baseline, "method": method}, views)
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,6 +40,7 @@ class Method(StrEnum):
     saliency = "saliency"
     grad_x_input = "grad-x-input"
     integrated_gradients = "integrated-gradients"
+    head_x_representation = "head-x-representation"
     lime = "lime"
     kernel_shap = "kernel-shap"
     partition_shap = "partition-shap"

@@ -42,10 +42,9 @@ class Rows:
     def take(self, which: Any) -> "Rows":
         return Rows(*(getattr(self, name)[which] for name in Rows.__dataclass_fields__))
 
-    def neighbours(self) -> "Rows":
-        """Rows that will carry the same columns side by side, those that join first in front."""
-        keys = (self.cell, self.example, self.stop, ~self.spreads, self.enters, self.length, self.start)
-        return self.take(np.lexsort(keys))
+    def neighbours(self) -> Ints:
+        """The order that has rows side by side which will carry the same columns, those that join first in front."""
+        return np.lexsort((self.cell, self.example, self.stop, ~self.spreads, self.enters, self.length, self.start))
 
     @classmethod
     def none(cls) -> "Rows":
@@ -208,12 +207,51 @@ class Cells:
         same = (start == length) & (length == self.lengths[example])  # a token replaced by itself
         count = len(cell)
         rows = Rows(cell, example, start, length, length, np.zeros(count, np.int64), np.ones(count, bool))
-        columns, valid = self.metric_columns(rows)  # what the metric wants is carried, though it be the base's
-        wanted = np.where(valid, columns, length[:, None] - 1).min(1)
-        if self.sweep.metric is not None and self.sweep.metric.positions is None:
-            wanted = length - 1
-        rows.start = np.minimum(start, wanted)
+        rows.start = np.minimum(start, self._wanted(rows))
         return rows.take(~same)
+
+    def _wanted(self, rows: Rows) -> Ints:
+        """The first column of edited inputs that the metric wants, which a row carries though another has it too."""
+        columns, valid = self.metric_columns(rows)
+        if self.sweep.metric is not None and self.sweep.metric.positions is None:
+            return rows.length - 1
+        return np.where(valid, columns, rows.length[:, None] - 1).min(1)
+
+    def sharing(self, rows: Rows) -> tuple[Rows, Ints | None]:
+        """Rows that fly together, in the order that they attend in, and (``row column``) which of them carries what.
+
+        Edited inputs that begin alike carry the common columns once: a tree of tokens. In order of their tokens, a
+        row has more in common with its neighbour than with any before it. -1 is what the base run carries; None
+        stands for rows that carry all from their start on, as for a metric of every position they must.
+        """
+        metric = self.sweep.metric
+        if self.edited is None or not len(rows) or metric is None or metric.positions is None:
+            return rows.take(rows.neighbours()), None
+        width, begin = int(rows.length.max()), int(rows.start.min())
+        codes = self._codes(self.edited)[self.place[rows.example, rows.cell], :width]
+        order = np.lexsort((*codes[:, begin:].T[::-1], rows.example))
+        rows, codes = rows.take(order), codes[order]
+        differs = (codes[1:] != codes[:-1]) | (rows.example[1:] != rows.example[:-1])[:, None]
+        common = np.where(differs.any(1), differs.argmax(1), width)
+        shared = np.concatenate([[0], common])
+        follows = shared > rows.start  # the neighbour has more of it than the base run
+        rows.start = np.minimum(np.where(follows, shared, rows.start), self._wanted(rows))
+        number = np.empty(len(rows), np.int64)
+        number[perm := rows.neighbours()] = np.arange(len(rows))
+        carrier = np.full((len(rows), width), -1, np.int64)
+        for i, start in enumerate(rows.start.tolist()):
+            if follows[i]:
+                carrier[i, :start] = carrier[i - 1, :start]
+            carrier[i, start : rows.length[i]] = number[i]
+        return rows.take(perm), carrier[perm]
+
+    def _codes(self, edited: TokenBatch) -> Ints:
+        """A number for each token of each edited input, below 0 for a blank or padding."""
+        out: Ints = edited.ids.cpu().numpy().copy()
+        out[~edited.mask.cpu().numpy()] = -1
+        for i, blank in enumerate(edited.blanks.values()):
+            out[blank.cpu().numpy()] = -2 - i
+        return out
 
     def token_layers(self, rows: Rows) -> int:
         """Tokens × layers that rows carry, all columns of the last layer included."""

@@ -32,8 +32,10 @@ _IN_MLP = tuple(_KINDS[_KINDS.index("mlp_in") : _KINDS.index("mlp_out")])
 class Flight(Writing):
     """The rows on their way through the layers."""
 
-    def __init__(self, runs: Runs, rows: Rows, budget: int) -> None:
+    def __init__(self, runs: Runs, rows: Rows, carrier: Ints | None, budget: int) -> None:
         super().__init__(runs, rows, budget)
+        self.carrier = carrier
+        """Which row has the keys and values of a column of a row, where `Cells.sharing` says so."""
         self.z: Tensor | None = None
         rotary: Any = self.model.hf.get_submodule(f"{self.model.arch.base}.rotary_emb")
         resid = runs.residual(0)
@@ -269,8 +271,13 @@ class Flight(Writing):
         """
         start, stop = self.rows.start[rows], self.stop[rows]
         first, width, columns = self.offset[rows], stop - start, np.arange(int(stop.max()))
-        spread = self.rows.spreads[rows] | (self.rows.enters[rows] < self.layer)
-        mine = (columns >= start[:, None]) & (columns < stop[:, None]) & spread[:, None]
+        if self.carrier is None:
+            spread = self.rows.spreads[rows] | (self.rows.enters[rows] < self.layer)
+            mine = (columns >= start[:, None]) & (columns < stop[:, None]) & spread[:, None]
+            theirs = rows[:, None]
+        else:
+            theirs = self.carrier[rows, : len(columns)]
+            mine = theirs >= 0
         base = own + self.rows.example[rows][:, None] * self._base("v").shape[1] + columns
         at = np.arange(int(width.max()))
 
@@ -279,7 +286,7 @@ class Flight(Writing):
             found = store.index_select(0, self.s.tensor(token.ravel()))
             return found.view(*token.shape, *store.shape[1:]).transpose(1, 2)
 
-        seen = np.where(mine, (first - start)[:, None] + columns, base)
+        seen = np.where(mine, (self.offset - self.rows.start)[theirs] + columns, base)
         key, value = (taken(store, seen) for store in stores)
         some = taken(query, first[:, None] + np.minimum(at, width[:, None] - 1))
         alike = start[:1] if (start == start[0]).all() else start  # one mask for all, if it can be

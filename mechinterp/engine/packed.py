@@ -20,7 +20,7 @@ from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.cells import Cells, Ints, Rows
 from mechinterp.engine.flight import Flight
 from mechinterp.engine.forward import out_of_memory, score
-from mechinterp.engine.runs import Runs
+from mechinterp.engine.runs import Known, Runs
 from mechinterp.engine.sweep import Grid, entries
 from mechinterp.errors import NeedsError
 from mechinterp.model.attention import PREFIX
@@ -118,12 +118,14 @@ def sweep_packed(
     budget: int = BUDGET,
     skip: bool = True,
     tick: Callable[[str, int], None] = lambda what, n: None,
+    known: Known | None = None,
 ) -> Swept:
     """All rows of a sweep that `why_full` has nothing against.
 
     Args:
         budget: bytes beside the model, for caches and rows in flight; an estimate, not a limit.
         skip: leave out rows that write what is there already.
+        known: where a sweep of edits keeps its unedited runs, for the next one on the same examples.
         tick: told of ("sweep_runs", unedited passes), ("sweep_rows", rows) and ("sweep_token_layers", tokens × layers).
     Raises:
         NeedsError: the budget is too small for one row.
@@ -137,7 +139,7 @@ def sweep_packed(
         size = len(whole)  # a user's function may know the batch by heart
     for start in range(0, len(whole), size):
         some = whole.take(range(start, min(start + size, len(whole))))
-        pieces.append(_Sweeping(model, some, sweep, width, tick, budget, skip).run())
+        pieces.append(_Sweeping(model, some, sweep, width, tick, budget, skip, known).run())
     first = pieces[0]
     shape = [len(each) for _, each in first.coords.items()]
     reads = {site: _joined(batch, site, [piece.reads[site] for piece in pieces]) for site in sweep.reads}
@@ -172,7 +174,7 @@ def _joined(batch: TokenBatch, site: Site, pieces: list[Tensor]) -> Tensor:
 
 
 def packed_cost(model: Model, batch: TokenBatch, sweep: Sweep) -> tuple[int, int]:
-    """Rows and token-layers of a sweep, known from the tokens alone."""
+    """Rows and token-layers of a sweep, known from the tokens alone; edited inputs that begin alike take fewer."""
     whole = batch.right_padded()
     cells = Cells(model, whole, sweep, entries(sweep, int(whole.lengths.max()), whole.rows))
     rows, _ = cells.rows()
@@ -229,8 +231,9 @@ class _Sweeping(Runs):
         tick: Callable[[str, int], None],
         budget: int,
         skip: bool,
+        known: Known | None,
     ) -> None:
-        super().__init__(model, batch, sweep, width, tick)
+        super().__init__(model, batch, sweep, width, tick, {} if known is None else known)
         self.budget, self.skip = budget, skip
         self.values: Tensor | None = None
         """The metric of every row, ``example cell``."""
@@ -241,7 +244,7 @@ class _Sweeping(Runs):
         """`reads` are ``example cell *site`` here."""
         rows, missing = self.rows(self.skip)
         aboard = self.board(rows, min(TOKENS, self.budget // 2 // _bytes_in_flight(self.model)), self.skip)
-        if not self.along or not self._fly(aboard.neighbours()):
+        if not self.along or not self._fly(aboard):
             self.passes()
             self._unedited()
             for chunk in self._chunks(rows):
@@ -270,13 +273,14 @@ class _Sweeping(Runs):
         False if it ran out with the unedited runs among the rows, which are not parted from them.
         """
         try:
-            flight = Flight(self, rows, self.budget)
+            flying, carrier = self.sharing(rows)
+            flight = Flight(self, flying, carrier, self.budget)
             row, which, final = flight.run()
             if self.along:
-                self.land(rows, row, final)
+                self.land(flying, row, final)
                 self._unedited()
             if self.values is not None:
-                self._score(rows, row, which, final, self.values)
+                self._score(flying, row, which, final, self.values)
         except (RuntimeError, MemoryError) as error:
             cells = np.unique(rows.cell)
             if not out_of_memory(error) or (len(cells) == 1 and not self.along):
@@ -309,11 +313,11 @@ class _Sweeping(Runs):
             room = max(1, (self.budget - caches) // _bytes_in_flight(self.model))
             room = room if self.device.type == "cuda" else min(room, TOKENS)
             if total and total + size > room:
-                yield rows.take(slice(begin, first)).neighbours()
+                yield rows.take(slice(begin, first))
                 begin, total = first, 0
             total += size
         if total:
-            yield rows.take(slice(begin, len(rows))).neighbours()
+            yield rows.take(slice(begin, len(rows)))
 
     def _score(self, rows: Rows, row: Ints, which: Ints, final: Tensor, values: Tensor) -> None:
         """Put the metric of rows into ``example cell``.

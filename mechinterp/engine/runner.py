@@ -22,6 +22,7 @@ from mechinterp.engine.backward import Differentiated, Gradients
 from mechinterp.engine.forward import Passed, forward, out_of_memory
 from mechinterp.engine.packed import BUDGET, sweep_packed, why_full
 from mechinterp.engine.plan import Plan, Round, compile_round, default_batch_size, describe
+from mechinterp.engine.runs import Known
 from mechinterp.engine.sweep import source_reads, sweep_full
 from mechinterp.errors import MechinterpError, NeedsError
 from mechinterp.model.model import Model, as_examples
@@ -330,10 +331,12 @@ def _batch(state: Run, rows: tuple[int, ...], work: Round, own: Sequence[Mapping
         source = passed.get(one.source, nothing).values
         return sweep_full(model, batch, one, source, clean, passed, partial(tick_rows, batch))
 
+    known: Known = {}
+
     def rerun(one: Sweep, some: Sequence[int] | None = None) -> Swept:
         mine = batch if some is None else batch.take(some)
         if state.engine == "packed" and why_full(model, one, batch.spans) is None:
-            return sweep_packed(model, mine, one, budget=state.budget, tick=tick_packed)
+            return sweep_packed(model, mine, one, budget=state.budget, tick=tick_packed, known=known)
         extra = {} if some is not None else {name: list(p.values.items()) for name, p in passed.items()}
         runs: dict[str, Passed] = {}
         for name in dict.fromkeys(["clean", one.base, one.source] if batch.corrupted_ids is not None else ["clean"]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from mechinterp.sites import Site, resolve
 
 TOGETHER = 256
 """Tokens of a run up to which the base and the source run go through the layers among the rows."""
+Known: TypeAlias = dict[Any, tuple["Passed", "Passed | None"]]
+"""The base and the clean run of the latest sweep of edits, by what they depend on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +58,16 @@ class Runs(Cells):
     """The cells with their unedited runs: what rows begin from, and what they write."""
 
     def __init__(
-        self, model: Model, batch: TokenBatch, sweep: Sweep, width: int, tick: Callable[[str, int], None]
+        self,
+        model: Model,
+        batch: TokenBatch,
+        sweep: Sweep,
+        width: int,
+        tick: Callable[[str, int], None],
+        known: Known,
     ) -> None:
         super().__init__(model, batch, sweep, width)
-        self.tick = tick
+        self.tick, self.known = tick, known
         self.device = batch.ids.device
         self.held = resolve(sweep.held, model.dims.n_layers)
         self.reads: dict[Site, Tensor] = {}
@@ -138,6 +146,10 @@ class Runs(Cells):
         model, sweep, n = self.model, self.sweep, self.model.dims.n_layers
         metrics = [] if sweep.metric is None else [sweep.metric]
         self.along = ()
+        which = self.batch.rows, sweep.base, sweep.metric, sweep.given
+        if sweep.edits and which in self.known:
+            self.base, self.clean = self.known[which]
+            return
         patched, edited = self._sites()
         kept = [*self._caches(), Site("resid_post", n - 1)]
         kept += edited  # an intervention sees all columns, and those before a row's first are the base's
@@ -150,6 +162,9 @@ class Runs(Cells):
         self.source = forward(model, self.batch.run(sweep.source), wanted, metrics) if sweep.patches else None
         self.clean = forward(model, self.batch, (), metrics) if metrics and metrics[0].compares else None
         self.tick("sweep_runs", 1 + sweep.patches + (self.clean is not None))
+        if sweep.edits:
+            self.known.clear()
+            self.known[which] = self.base, self.clean
 
     def _caches(self) -> list[Site]:
         """What rows begin from, and attend to."""

@@ -2,6 +2,7 @@
 
 from mechinterp.studies.agreement import attribution_agreement as attribution_agreement
 from mechinterp.studies.agreement import compare_attributions as compare_attributions
+from mechinterp.studies.any_classifier import attribute_classifier as attribute_classifier
 from mechinterp.studies.attention import AttentionStudy as AttentionStudy
 from mechinterp.studies.attention import attention_study as attention_study
 from mechinterp.studies.circuits import Circuit as Circuit
@@ -41,6 +42,7 @@ __all__ = [
     "Training",
     "Flow",
     "TfidfClassifier",
+    "attribute_classifier",
     "attribution_agreement",
     "compare_attention",
     "compare_attributions",

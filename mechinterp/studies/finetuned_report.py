@@ -18,7 +18,7 @@ from mechinterp.core.result import Result
 from mechinterp.engine.runner import provenance
 from mechinterp.errors import OutputError
 from mechinterp.model.model import Model
-from mechinterp.report.comparison import metrics_figure, occurrences, summary_figure
+from mechinterp.report.comparison import metrics_figure, summary_figure
 from mechinterp.report.files import plain_json
 from mechinterp.report.study import write_study
 from mechinterp.studies.finetuned import FINE_TUNED, ZERO_SHOT, FinetunedComparison
@@ -211,15 +211,21 @@ def explained(comparison: FinetunedComparison, name: str) -> dict[str, Any]:
             if error in data:
                 row[error] = float(data[error][i])
         rows.append(row)
-    sizes = {word: [float(np.mean(np.abs(v))), float(np.mean(v)), len(v)] for word, v in occurrences(result).items()}
-    top = sorted(sizes, key=lambda word: -sizes[word][0])[:TOP]
     target = comparison.labelling.names[-1] if len(comparison.labelling.names) == 2 else "the right label"
     return {
         "method": result.meta["method"],
         "baseline": result.meta["baseline"],
         "explains": f"log-odds of {target} against the other labels, in nats",
         "examples": rows,
-        "words": [dict(zip(("word", "mean_size", "mean", "n"), (w, *sizes[w]), strict=True)) for w in top],
+        "words": [
+            {
+                "word": str(word),
+                "mean_size": float(data["mean_size"][i]),
+                "mean": float(data["mean_attribution"][i]),
+                "n": int(data["occurrences"][i]),
+            }
+            for i, word in enumerate(data["term"].values[:TOP])
+        ],
     }
 
 
