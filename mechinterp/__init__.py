@@ -83,6 +83,16 @@ _NAMES = {
     "GradientAnalysis": "mechinterp.analyzers.gradients",
     "NeuronImportance": "mechinterp.analyzers.gradients",
     "TokenAttribution": "mechinterp.analyzers.token_attribution",
+    "ClassifierWeights": "mechinterp.analyzers.classifier_weights",
+    "Trajectory": "mechinterp.analyzers.trajectory",
+    "HighScoreTokens": "mechinterp.analyzers.trajectory",
+    "SpuriousPatterns": "mechinterp.analyzers.spurious",
+    "DimensionCorrelation": "mechinterp.analyzers.dimensions",
+    "load_classifier": "mechinterp.model.classifier",
+    "save_classifier": "mechinterp.model.classifier",
+    "train_classifier": "mechinterp.studies.classifier_training",
+    "classifier_report": "mechinterp.studies.classifier",
+    "ClassifierReport": "mechinterp.studies.classifier",
     "Circuit": "mechinterp.studies.circuits",
     "classify": "mechinterp.studies.classification",
     "tfidf_classifier": "mechinterp.studies.classical",
@@ -102,7 +112,9 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.accuracy import Accuracy as Accuracy
     from mechinterp.analyzers.attribution import AttributionPatching as AttributionPatching
     from mechinterp.analyzers.categories import AttentionByCategory as AttentionByCategory
+    from mechinterp.analyzers.classifier_weights import ClassifierWeights as ClassifierWeights
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
+    from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
     from mechinterp.analyzers.gradients import GradientAnalysis as GradientAnalysis
@@ -115,10 +127,13 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns
     from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
+    from mechinterp.analyzers.spurious import SpuriousPatterns as SpuriousPatterns
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.syntax import SyntacticHeads as SyntacticHeads
     from mechinterp.analyzers.token_attribution import TokenAttribution as TokenAttribution
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
+    from mechinterp.analyzers.trajectory import HighScoreTokens as HighScoreTokens
+    from mechinterp.analyzers.trajectory import Trajectory as Trajectory
     from mechinterp.core.analyzer import (
         Analyzer as Analyzer,
     )
@@ -216,6 +231,8 @@ if TYPE_CHECKING:
     from mechinterp.engine.runner import run as run
     from mechinterp.engine.verify import Verification as Verification
     from mechinterp.engine.verify import verify as verify
+    from mechinterp.model.classifier import load_classifier as load_classifier
+    from mechinterp.model.classifier import save_classifier as save_classifier
     from mechinterp.model.factored import FactoredMatrix as FactoredMatrix
     from mechinterp.model.model import Model as Model
     from mechinterp.sites import Site as Site
@@ -224,6 +241,9 @@ if TYPE_CHECKING:
     from mechinterp.studies.classical import TfidfClassifier as TfidfClassifier
     from mechinterp.studies.classical import tfidf_classifier as tfidf_classifier
     from mechinterp.studies.classification import classify as classify
+    from mechinterp.studies.classifier import ClassifierReport as ClassifierReport
+    from mechinterp.studies.classifier import classifier_report as classifier_report
+    from mechinterp.studies.classifier_training import train_classifier as train_classifier
 
 
 def __getattr__(name: str) -> Any:

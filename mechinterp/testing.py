@@ -41,7 +41,13 @@ _TRAITS: dict[str, dict[str, Any]] = {
 
 
 def tiny(
-    family: str = "llama", *, seed: int = 0, layers: int = 3, dtype: torch.dtype = torch.float32, **config: Any
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    layers: int = 3,
+    dtype: torch.dtype = torch.float32,
+    words: Sequence[str] = (),
+    **config: Any,
 ) -> Model:
     """A random model of a family, small enough to run hundreds of times: 4 heads in 2 groups, d_model 32.
 
@@ -49,6 +55,7 @@ def tiny(
     tokenizer knows the words of the tasks, each with its leading space, and single characters.
 
     Args:
+        words: texts whose words the tokenizer knows, beside those of the tasks.
         config: more of the Hugging Face configuration, such as ``attention_bias=True``; with
             ``num_labels`` the model is a classifier.
     Raises:
@@ -58,7 +65,7 @@ def tiny(
 
     if family not in FAMILIES:
         raise ModelError(f"The family of tiny must be one of {', '.join(FAMILIES)}. Got {family!r}")
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(words)
     settings: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -256,13 +263,13 @@ def _variant(analyzer: Analyzer, **methods: Any) -> Analyzer:
     return kind(**{f.name: getattr(analyzer, f.name) for f in fields(analyzer) if f.init})
 
 
-def _tokenizer() -> Any:
+def _tokenizer(more: Sequence[str]) -> Any:
     import tokenizers
     import transformers
 
     pattern = r" ?[A-Za-z]+|[^A-Za-z]"
     tasks = [*NAMES, *PLACES, *OBJECTS, "A B S", *TEMPLATES, AGREEMENT, CAPITALS, YEARS]
-    texts = re.sub(r"[{}]", "", " ".join(tasks))
+    texts = re.sub(r"[{}]", "", " ".join([*tasks, *more]))
     characters = [chr(i) for i in range(32, 127)] + ["\n"]
     pieces = dict.fromkeys(["<pad>", "<unk>", *characters, *(re.findall(pattern, texts + " " + texts))])
     words = dict.fromkeys([*pieces, *(p.strip() for p in pieces if p.strip()), *(f" {p.strip()}" for p in pieces)])

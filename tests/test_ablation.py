@@ -108,11 +108,11 @@ def test_a_constant_is_its_own_mean(llama: mi.Model) -> None:
 
 
 @pytest.mark.parametrize("method", ["zero", "mean", "resample"])
-def test_sets_by_hand(model: mi.Model, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_by_hand(either: mi.Model, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest first, and random orders: every set is ablated by an intervention for each component."""
     monkeypatch.setattr(ablation, "RANDOM", 2)
     analyzer = mi.Ablation("z", method, cumulative=(1, 3, 12), positions="end", seed=5)
-    data = mi.run(model, ragged(), analyzer).data
+    data = mi.run(either, ragged(), analyzer).data
     strength = abs(data["effect"].values).ravel()
     ranked = np.argsort(-strength)
     assert data["rank"].values.ravel()[ranked].tolist() == list(range(12))
@@ -121,10 +121,10 @@ def test_sets_by_hand(model: mi.Model, method: Any, monkeypatch: pytest.MonkeyPa
 
     def change(chosen: list[Site]) -> float:
         if method == "resample":
-            after = mi.sweep(model, ragged(), {"set": chosen}).data["value"].values[:, 0]
+            after = mi.sweep(either, ragged(), {"set": chosen}).data["value"].values[:, 0]
         else:
-            put = [mi.Zero(s) if method == "zero" else mi.Replace(s, of(means(model, s), s)) for s in chosen]
-            after = np.array(diff(model, *put))
+            put = [mi.Zero(s) if method == "zero" else mi.Replace(s, of(means(either, s), s)) for s in chosen]
+            after = np.array(diff(either, *put))
         return float((after - data["clean"].values).mean())
 
     for order, several in orders.items():

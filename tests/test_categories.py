@@ -141,7 +141,8 @@ def test_the_contract(queries: str) -> None:
     vocabulary = mi.Vocabulary.of({"and": ["and"], "names": {"regexes": ["[A-Z][a-z]+"]}})
     examples = replace(mi.tasks.ioi(16, seed=3), labels=("right", "wrong") * 8).categorize(vocabulary)
     ties = ("difference_p", "difference_q", "category_p", "category_q")
-    check_analyzer(mi.AttentionByCategory(queries=queries), examples, ties=ties)
+    models = [mi.testing.tiny(family) for family in ("mistral", "qwen3")]
+    check_analyzer(mi.AttentionByCategory(queries=queries), examples, models=models, ties=ties)
     check_analyzer(mi.AttentionByCategory(queries=queries, statistics=False), examples, models=[mi.testing.tiny()])
 
 

@@ -157,11 +157,11 @@ def slow_acdc(model: mi.Model, begun: mi.Circuit, threshold: float) -> tuple[np.
     return kept, now
 
 
-def test_acdc_is_the_slow_one(either: mi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = mi.Circuit.of(mi.run(either, FEW, mi.EdgeAttribution("eap-ig-inputs", steps=3)))
+def test_acdc_is_the_slow_one(llama: mi.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = mi.Circuit.of(mi.run(llama, FEW, mi.EdgeAttribution("eap-ig-inputs", steps=3)))
     begun = best.top(40).prune()
-    found = discover(either, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=2)["mixed"]
-    kept, divergence = slow_acdc(either, begun, 0.001)
+    found = discover(llama, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=2)["mixed"]
+    kept, divergence = slow_acdc(llama, begun, 0.001)
     expected = mi.Circuit(best.graph, best.scores, kept).prune()
     assert 0 < len(expected) < len(begun)
     assert named(found) == named(expected)
@@ -169,7 +169,7 @@ def test_acdc_is_the_slow_one(either: mi.Model, monkeypatch: pytest.MonkeyPatch)
     assert found.meta["tried"] == len(begun)
     assert found.meta["threshold"] == 0.001
     monkeypatch.setattr("mechinterp.studies.discovery.HELD", 1)  # what is made anew is the same
-    again = discover(either, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=1)["mixed"]
+    again = discover(llama, FEW, "acdc", candidates=40, threshold=0.001, steps=3, batch_size=1)["mixed"]
     assert named(again) == named(found)
 
 

@@ -127,18 +127,18 @@ def test_of_one_example_there_is_no_interval_and_without_a_difference_no_share(l
         assert np.isnan(faithfulness(circuit, llama, same).data["faithfulness"])
 
 
-def test_a_curve_is_made_of_circuits_that_are_run_alone(model: mi.Model) -> None:
-    circuit, pairs, shares = random_circuit(model, 0.5), turned(model), (0.02, 0.1, 0.35, 0.8, 1.0)
-    found = faithfulness_curve(circuit, model, pairs, fractions=shares, batch_size=4).data
+def test_a_curve_is_made_of_circuits_that_are_run_alone(either: mi.Model) -> None:
+    circuit, pairs, shares = random_circuit(either, 0.5), turned(either), (0.02, 0.1, 0.35, 0.8, 1.0)
+    found = faithfulness_curve(circuit, either, pairs, fractions=shares, batch_size=4).data
     for ranking in ("signed", "absolute"):
         at = found.sel(ranking=ranking)
         values = at["faithfulness"].values
         for share, value, edges in zip(shares, values, at["edges"].values, strict=True):
             best = circuit.top(share, absolute=ranking == "absolute")
             assert len(best) == edges == round(share * len(circuit.graph))
-            assert value == pytest.approx(alone(model, best.kept, pairs), abs=1e-3, rel=1e-3)
+            assert value == pytest.approx(alone(either, best.kept, pairs), abs=1e-3, rel=1e-3)
             assert value == pytest.approx(
-                float(faithfulness(best, model, pairs).data["faithfulness"]), abs=1e-3, rel=1e-3
+                float(faithfulness(best, either, pairs).data["faithfulness"]), abs=1e-3, rel=1e-3
             )
         assert values[-1] == pytest.approx(1.0, abs=1e-4)
         for name, height in (("cpr", values), ("cmd", np.abs(1 - values))):

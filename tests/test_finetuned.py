@@ -12,7 +12,8 @@ import mechinterp as mi
 from mechinterp.errors import ExamplesError, ModelError, OutputError
 from mechinterp.studies.finetuned import FinetunedComparison, compare_finetuned
 from mechinterp.studies.finetuned_report import badge_files, findings, write_comparison
-from mechinterp.studies.finetuning import Training, finetune
+from mechinterp.studies.finetuning import finetune
+from mechinterp.studies.training import Training
 from mechinterp.testing import tiny
 
 MARY = ["the man gave a book to Mary", "a man and Mary", "Mary gave the book", "the book to Mary", "Mary and a man"]

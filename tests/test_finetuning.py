@@ -9,8 +9,9 @@ import torch
 
 import mechinterp as mi
 from mechinterp.errors import ConfigurationError, ExamplesError, ModelError, OutputError
-from mechinterp.studies import finetuning
-from mechinterp.studies.finetuning import Training, finetune, padded
+from mechinterp.studies import finetuning, training
+from mechinterp.studies.finetuning import finetune, padded
+from mechinterp.studies.training import Training
 from mechinterp.testing import tiny
 
 MARY = ["the man gave a book to Mary", "a man and Mary", "Mary gave the book", "the book to Mary", "Mary and a man"]
@@ -72,7 +73,7 @@ def test_the_loss_is_that_of_hugging_face_with_masked_prompts() -> None:
 
 
 def test_what_is_interrupted_goes_on_to_the_same_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "KEEP_EVERY", 5)
+    monkeypatch.setattr(training, "KEEP_EVERY", 5)
     whole = finetune(tiny(), TEXTS, WORDS, TEMPLATE, gold=GOLD, out=tmp_path / "whole", training=QUICK)
     calls = 0
     loss = finetuning._loss
@@ -95,7 +96,7 @@ def test_what_is_interrupted_goes_on_to_the_same_adapter(tmp_path: Path, monkeyp
     resumed = finetune(
         model, TEXTS, WORDS, TEMPLATE, gold=GOLD, out=tmp_path / "parts", training=QUICK, told=told.append
     )
-    assert told[0] == "going on after step 10 of 24"
+    assert told[0] == "going on after step 12 of 24"
     torch.testing.assert_close(logits(resumed), logits(whole), rtol=0, atol=1e-6)
     losses = [json.loads((tmp_path / name / "training.json").read_text())["loss"] for name in ("whole", "parts")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -106,14 +107,14 @@ def test_what_is_interrupted_goes_on_to_the_same_adapter(tmp_path: Path, monkeyp
 
 
 def test_the_beginning_of_another_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "KEEP_EVERY", 1)
-    keep = finetuning._keep
+    monkeypatch.setattr(training, "KEEP_EVERY", 1)
+    keep = training._keep
 
     def stop(*args: Any) -> None:
         keep(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning, "_keep", stop)
+    monkeypatch.setattr(training, "_keep", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune(tiny(), TEXTS, WORDS, TEMPLATE, gold=GOLD, out=tmp_path / "a", training=QUICK)
     with pytest.raises(OutputError, match="another training; delete it"):

@@ -176,11 +176,11 @@ def test_the_pass_stops_after_the_last_read(model: mi.Model, ids: list[list[int]
 
 
 @torch.no_grad()
-def test_the_table_of_kinds_is_in_the_order_of_the_pass(model: mi.Model) -> None:
+def test_the_table_of_kinds_is_in_the_order_of_the_pass(either: mi.Model) -> None:
     """The later of any two sites of a layer is where the pass may stop: both must have fired by then."""
     for layer in (1, 2):  # in some families one of them is dense and one has experts
-        for pair in itertools.combinations([s for s in model.sites if s.layer == layer], 2):
-            assert len(model.trace([5, 6, 7], pair)) == 2
+        for pair in itertools.combinations([s for s in either.sites if s.layer == layer], 2):
+            assert len(either.trace([5, 6, 7], pair)) == 2
 
 
 def test_logits_at_some_positions_are_those_of_the_full_pass(model: mi.Model) -> None:

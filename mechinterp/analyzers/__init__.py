@@ -30,18 +30,23 @@ TABLE = {
         "attention-by-category": "categories:AttentionByCategory",
         "attribution-patching": "attribution:AttributionPatching",
         "causal-tracing": "tracing:CausalTracing",
+        "classifier-weights": "classifier_weights:ClassifierWeights",
+        "dimension-correlation": "dimensions:DimensionCorrelation",
         "direct-logit-attribution": "direct:DirectLogitAttribution",
         "edge-attribution": "edges:EdgeAttribution",
         "gradient-analysis": "gradients:GradientAnalysis",
         "head-clusters": "clusters:HeadClusters",
         "head-roles": "heads:HeadRoles",
         "head-weights": "head_weights:HeadWeights",
+        "high-score-tokens": "trajectory:HighScoreTokens",
         "hotspots": "hotspots:Hotspots",
         "logit-lens": "lens:LogitLens",
         "neuron-importance": "gradients:NeuronImportance",
         "path-patching": "paths:PathPatching",
+        "spurious-patterns": "spurious:SpuriousPatterns",
         "syntactic-heads": "syntax:SyntacticHeads",
         "token-attribution": "token_attribution:TokenAttribution",
+        "trajectory": "trajectory:Trajectory",
     }.items()
 }
 """Our own analyzers, imported when they are found."""

@@ -93,9 +93,9 @@ def compare_finetuned(
         from mechinterp.studies.classification import Labelling, question
         from mechinterp.studies.finetuned import compare_finetuned as compare
         from mechinterp.studies.finetuned_report import badge_files, findings, write_comparison
-        from mechinterp.studies.finetuning import Training
         from mechinterp.studies.finetuning import finetune as train
         from mechinterp.studies.labelled import read_labelled
+        from mechinterp.studies.training import Training
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         own: str | Path | None = (badge or "") if project_badge else None

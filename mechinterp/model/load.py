@@ -101,6 +101,8 @@ def load_hf(
         )
         tokenizer = _tokenizer(path, options, local)
     _complete(name, hf, info, set() if part is None else part.brings)
+    if "score.bias" in info["unexpected_keys"]:
+        _put_bias(hf, name, Path(path))
     if any(p.is_meta for p in hf.parameters()):
         raise ModelError(
             f"this device_map leaves weights of {name!r} on disk, where they cannot be read or hooked;"
@@ -172,6 +174,23 @@ def _complete(name: str, hf: Any, info: Mapping[str, Any], brought: set[str]) ->
             f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}, which would be random in"
             f" {type(hf).__name__}; get the checkpoint again, or the adapter that brings them"
         )
+
+
+def _put_bias(hf: Any, name: str, folder: Path) -> None:
+    """The bias of a classification head, which transformers' own has no place for and would drop.
+
+    Raises:
+        ModelError: it is in no file of a local folder.
+    """
+    import safetensors
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as weights:
+            if "score.bias" in weights.keys():  # noqa: SIM118
+                bias = weights.get_tensor("score.bias").to(hf.score.weight)
+                hf.score.bias = torch.nn.Parameter(bias, requires_grad=False)
+                return
+    raise ModelError(f"the head of {name!r} has a bias, which transformers drops; download it, and load the folder")
 
 
 @dataclass(frozen=True)

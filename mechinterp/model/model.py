@@ -54,6 +54,7 @@ class Model(WeightsByHead):
         self.arch = replace(row, unembed=head)
         self.dims = Dims.of(self.hf.config, self.arch, classifies=head == "score")
         audit(self.hf, self.arch, self.dims)
+        self._vocabulary: Tensor | None = None
         self._mean: tuple[tuple[int, int], Tensor] | None = None
         """The mean embedding, and of which weights it is."""
         self.name = name or str(getattr(self.hf.config, "_name_or_path", "")) or type(self.hf).__name__
@@ -247,6 +248,17 @@ class Model(WeightsByHead):
         if self._mean is None or self._mean[0] != state:  # of a large vocabulary it takes a while
             self._mean = state, weight.mean(0, dtype=torch.float32).to(weight.dtype)
         return self._mean[1]
+
+    @property
+    def vocabulary(self) -> Float[Tensor, "vocab d_model"] | None:
+        """The language model's unembedding, one row a token; None of a classifier where it is not known.
+
+        A classifier has it from the causal model that it was made of, or from its embedding, where the two are tied.
+        """
+        if self.dims.n_labels is None:
+            return self.W_U
+        tied = bool(getattr(self.hf.config, "tie_word_embeddings", False))
+        return self.W_E if self._vocabulary is None and tied else self._vocabulary
 
     def blanked(self, embedded: Tensor, blanks: Mapping[Baseline, Tensor]) -> Tensor:
         """Embeddings with baselines where `blanks` say so."""

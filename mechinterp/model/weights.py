@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechinterp.errors import ModelError, SiteError
-from mechinterp.model.architecture import Architecture, Dims
+from mechinterp.model.architecture import Architecture, Dims, check
 from mechinterp.model.factored import FactoredMatrix
+from mechinterp.sites import Site
 
 _NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,6 +68,16 @@ class WeightsByHead:
     def b_V(self, layer: int) -> Float[Tensor, "kv_head d_head"] | None:
         """Bias of the values; None in families without."""
         return self._bias_by_head(layer, "v", self.dims.n_kv_heads)
+
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """What each neuron of a dense MLP writes, times its activation.
+
+        Raises:
+            SiteError: the layer has experts in place of one MLP.
+        """
+        site = Site("mlp_act", layer)
+        check(site, self.arch, self.dims)
+        return linear_weight(self._module(self.arch.place(site).path)).T
 
     def b_O(self, layer: int) -> Float[Tensor, "d_model"] | None:
         """Bias of the output projection, which belongs to no head; None in most families."""

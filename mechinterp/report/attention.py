@@ -103,7 +103,7 @@ def overview(result: Result, example: int = 0) -> go.Figure:
         title="layer", tickvals=ys, ticktext=[str(i) for i in layers[::-1]], range=[end[1], -0.5], **plain
     )
     each = 38 if len(heads) > 4 else 60
-    return _finish(
+    return finish(
         figure,
         f"Attention of {len(layers) * len(heads):,} heads",
         [f"{one.n} tokens; in each square queries go down and keys to the right", one.thinned(size)],
@@ -138,7 +138,7 @@ def head_grid(result: Result, heads: Sequence[Head] | None = None, example: int 
     figure.update_layout(coloraxis={"cmin": 0, "cmax": 1, **_colors()})
     told = "queries go down, keys to the right; hover for tokens, drag to zoom into all"
     notes = [told, note, one.thinned(GRID_TOKENS)]
-    _finish(figure, "Heads side by side", notes, width, lines * (each + 26) + 146, plot_bgcolor=MISSING)
+    finish(figure, "Heads side by side", notes, width, lines * (each + 26) + 146, plot_bgcolor=MISSING)
     figure.layout.margin.t += 16  # the panels' own titles
     return figure
 
@@ -163,10 +163,10 @@ def one_head(result: Result, heads: Sequence[Head] | None = None, example: int =
     }  # fmt: skip
     figure.update_xaxes(title="key", tickangle=-45 if len(names) <= 40 else -90, **shown)
     figure.update_yaxes(title="query", autorange="reversed", **shown)
-    _menu(figure, [f"layer {a}, head {b}" for a, b in chosen], 1)
+    menu(figure, [f"layer {a}, head {b}" for a, b in chosen], 1)
     side = _between(len(names) * 22, 300, 900)
     label = 6 * max(map(len, (visible(t, TOKEN) for t in one.tokens)))
-    return _finish(
+    return finish(
         figure, "One head, token by token", [note, one.thinned(HEAD_TOKENS)], side + label + 170, side + label + 150,
         plot_bgcolor=MISSING,
     )  # fmt: skip
@@ -205,10 +205,10 @@ def query_lines(result: Result, head: Head, query: int | None = None, example: i
     figure.update_xaxes(range=[-0.45, 1.45], **bare)
     figure.update_yaxes(range=[len(rows) - 0.4, -0.6], **bare)
     if len(queries) > 1:
-        _menu(figure, [f"from {n}" for n in names], 2, fixed=2, first=position)
+        menu(figure, [f"from {n}" for n in names], 2, fixed=2, first=position)
     else:
         told = f"from {visible(one.tokens[position], TOKEN)} ({position}): {told}"
-    return _finish(
+    return finish(
         figure,
         f"What one token attends to in layer {layer}, head {number}",
         ["from a query on the left to keys on the right; a band is as wide as its share of attention", told],
@@ -244,10 +244,10 @@ def neurons(result: Result, heads: Sequence[Head] | None = None, example: int = 
     figure.update_xaxes(title="dimension of the head, after rotary", showgrid=False)
     figure.update_yaxes(title="query × key", zerolinecolor="#888")
     figure.update_layout(bargap=0.15)
-    _menu(figure, names, 1)
+    menu(figure, names, 1)
     query, key = (str(p) for p in (result.meta.get("pair") or ("the query", "the key")))
     told = f"query at {query}, key at {key}; blue raises the score, orange lowers it"
-    return _finish(figure, "Neurons of one query and key", [told, note], 860, 440)
+    return finish(figure, "Neurons of one query and key", [told, note], 860, 440)
 
 
 _HOVER = "query %{y}<br>key %{x}<br>share %{z:.4f}<extra></extra>"
@@ -389,7 +389,7 @@ def _bands(figure: go.Figure, row: int, weights: Floats, names: Sequence[str], s
     )  # fmt: skip
 
 
-def _menu(figure: go.Figure, names: Sequence[str], each: int, fixed: int = 0, first: int = 0) -> None:
+def menu(figure: go.Figure, names: Sequence[str], each: int, fixed: int = 0, first: int = 0) -> None:
     """A menu that shows one group of traces at a time; the first `fixed` traces always."""
     buttons: list[dict[str, Any]] = []
     for i, name in enumerate(names):
@@ -405,7 +405,7 @@ def _menu(figure: go.Figure, names: Sequence[str], each: int, fixed: int = 0, fi
     )  # fmt: skip
 
 
-def _finish(figure: go.Figure, title: str, notes: Sequence[str], width: int, height: int, **more: Any) -> go.Figure:
+def finish(figure: go.Figure, title: str, notes: Sequence[str], width: int, height: int, **more: Any) -> go.Figure:
     """Title, subtitle and style, as all figures have them."""
     told = "; ".join(note for note in notes if note)
     lines = [html.escape(line, quote=False) for line in textwrap.wrap(told, max(40, width // 7))]

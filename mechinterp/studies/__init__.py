@@ -9,6 +9,7 @@ from mechinterp.studies.circuits import Circuit as Circuit
 from mechinterp.studies.classical import TfidfClassifier as TfidfClassifier
 from mechinterp.studies.classical import tfidf_classifier as tfidf_classifier
 from mechinterp.studies.classification import classify as classify
+from mechinterp.studies.classifier import shorten as shorten
 from mechinterp.studies.comparing import compare_attention as compare_attention
 from mechinterp.studies.comparing import compare_models as compare_models
 from mechinterp.studies.configuration import StudyConfig as StudyConfig
@@ -24,12 +25,12 @@ from mechinterp.studies.explaining import Explanation as Explanation
 from mechinterp.studies.explaining import explain_prediction as explain_prediction
 from mechinterp.studies.finetuned import FinetunedComparison as FinetunedComparison
 from mechinterp.studies.finetuned import compare_finetuned as compare_finetuned
-from mechinterp.studies.finetuning import Training as Training
 from mechinterp.studies.finetuning import finetune as finetune
 from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 from mechinterp.studies.labelled import Labelled as Labelled
 from mechinterp.studies.labelled import read_labelled as read_labelled
+from mechinterp.studies.training import Training as Training
 
 __all__ = [
     "AttentionBetweenSpeakers",
@@ -60,6 +61,7 @@ __all__ = [
     "finetune",
     "minimality",
     "read_labelled",
+    "shorten",
     "tfidf_classifier",
     "trace_information_flow",
 ]

@@ -3,64 +3,27 @@
 import hashlib
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from mechinterp.core.examples import Examples
-from mechinterp.errors import ConfigurationError, ExamplesError, ModelError, OutputError
+from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.model.model import Model
-from mechinterp.report.files import check_target, explained, whole_folder
+from mechinterp.report.files import check_target, whole_folder
 from mechinterp.studies.classification import Labelling
 from mechinterp.studies.predictions import answer_ids
+from mechinterp.studies.training import Training, train, with_adapter
 
 MARKER = "training.json"
-STATE = "training.safetensors"
 IGNORED = -100
 """A target of no loss, as in transformers and torch."""
-KEEP_EVERY = 25
-"""Steps between what is kept to go on from."""
-LARGEST_GRADIENT = 1.0
-WARM_UP = 0.05
-"""Share of the steps in which the learning rate rises."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How an adapter is trained: LoRA (Hu et al. 2021) by AdamW, with a learning rate that rises, then falls to 0.
-
-    Attributes:
-        rank: of the two factors that are added to each weight.
-        alpha: the sum is scaled by alpha / rank.
-        targets: names of the linear layers that get factors; all of the model but the unembedding by default.
-        learning_rate: its highest value.
-        epochs: times that every example is seen.
-        batch_size: examples a step.
-        seed: of the factors and of the order of examples.
-    Raises:
-        ConfigurationError: a number that cannot be used.
-    """
-
-    rank: int = 8
-    alpha: int = 16
-    targets: str | tuple[str, ...] = "all-linear"
-    learning_rate: float = 2e-4
-    epochs: int = 1
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "learning_rate", "epochs", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"The {name} of Training must be above 0. Got {getattr(self, name)}")
 
 
 def finetune(
@@ -115,14 +78,18 @@ def finetune(
         )
     sequences = _sequences(model, labelling, raw, names)
     before = {parameter: parameter.requires_grad for parameter in model.hf.parameters()}
-    peft = _with_adapter(model, training)
+    peft = with_adapter(model, training)
     trained = Model(peft, model.tokenizer, model.name)
     key = _key(trained, training, sequences)
     target = Path(out).expanduser().resolve()
     state = target.with_name(f"{target.name}.training")
     try:
         if (losses := _finished(target, key, trained)) is None:
-            losses = _train(trained, training, sequences, state, key, say)
+
+            def loss_of(some: Sequence[int]) -> Tensor:
+                return _loss(trained, [sequences[i] for i in some])
+
+            losses, _ = train(trained, training, len(sequences), loss_of, state, key, say)
     except BaseException:
         peft.unload()
         for parameter, learns in before.items():
@@ -171,70 +138,10 @@ def _sequences(model: Model, labelling: Labelling, texts: Examples, names: Seque
     return out
 
 
-def _with_adapter(model: Model, training: Training) -> Any:
-    """PEFT's model around it, with new factors: the first random by the seed, the second 0."""
-    import peft
-
-    if getattr(model.hf, "is_loaded_in_4bit", False) or getattr(model.hf, "is_loaded_in_8bit", False):
-        peft.prepare_model_for_kbit_training(model.hf, use_gradient_checkpointing=False)
-    wanted = training.targets if isinstance(training.targets, str) else list(training.targets)
-    config = peft.LoraConfig(
-        task_type=peft.TaskType.CAUSAL_LM, r=training.rank, lora_alpha=training.alpha, target_modules=wanted
-    )
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft's, about a name in transformers
-        torch.manual_seed(training.seed)
-        try:
-            wrapped: Any = peft.get_peft_model(model.hf, config)
-        except ValueError as error:
-            raise ModelError(f"{model.name} cannot be given an adapter: {error}; name other targets") from None
-    wrapped.peft_config["default"].base_model_name_or_path = model.name
-    return wrapped
-
-
 def _key(model: Model, training: Training, sequences: Sequences) -> str:
     """What a training depends on; the adapter's first weights, which the seed gives, are part of the fingerprint."""
     told = repr((model.fingerprint, str(model.dtype), asdict(training), sequences))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def _train(
-    model: Model, training: Training, sequences: Sequences, folder: Path, key: str, say: Callable[[str], None]
-) -> list[float]:
-    """Train in place; the loss of every step."""
-    parameters = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=0.0)
-    steps = list(_batches(len(sequences), training))
-    losses = _resume(folder, key, parameters, optimizer)
-    if losses:
-        say(f"going on after step {len(losses)} of {len(steps)}")
-    rising = max(1, round(WARM_UP * len(steps)))
-    for step in range(len(losses), len(steps)):
-        rate = min((step + 1) / rising, (len(steps) - step) / max(1, len(steps) - rising))
-        optimizer.param_groups[0]["lr"] = training.learning_rate * rate
-        loss = _loss(model, [sequences[i] for i in steps[step]])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        if not np.isfinite(losses[-1]):
-            raise ModelError(
-                f"the loss of step {step} is {losses[-1]}; lower the learning rate, {training.learning_rate:g}"
-            )
-        if (step + 1) % KEEP_EVERY == 0 or step + 1 == len(steps):
-            _keep(folder, key, parameters, optimizer, losses)
-            recent = float(np.mean(losses[-KEEP_EVERY:]))
-            say(f"step {step + 1} of {len(steps)}, loss {recent:.3f}")
-    return losses
-
-
-def _batches(n: int, training: Training) -> Iterator[list[int]]:
-    """Which examples each step sees: every epoch in another order."""
-    for epoch in range(training.epochs):
-        order = np.random.default_rng((training.seed, epoch)).permutation(n).tolist()
-        for start in range(0, n, training.batch_size):
-            yield order[start : start + training.batch_size]
 
 
 def padded(sequences: Sequences, pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,43 +181,3 @@ def _finished(folder: Path, key: str, model: Model) -> list[float] | None:
         return None
     peft.set_peft_model_state_dict(model.peft, weights)
     return [float(loss) for loss in about["loss"]]
-
-
-def _keep(
-    folder: Path, key: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, losses: Sequence[float]
-) -> None:
-    """The adapter and the optimizer's moments, to go on from."""
-    tensors = {f"{name}|weight": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        tensors |= {f"{name}|{what}": value.cpu().contiguous() for what, value in optimizer.state[p].items()}
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f"{STATE}.new"
-        safetensors.torch.save_file(tensors, scratch, {"key": key, "loss": json.dumps(list(losses))})
-        scratch.replace(folder / STATE)
-
-
-def _resume(folder: Path, key: str, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> list[float]:
-    """Put back what was kept; the losses so far.
-
-    Raises:
-        OutputError: it is of another training, or damaged.
-    """
-    file = folder / STATE
-    if not file.is_file():
-        return []
-    try:
-        with safetensors.safe_open(file, "pt") as kept:
-            about = kept.metadata() or {}
-            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-        losses = [float(loss) for loss in json.loads(about["loss"])]
-    except Exception as error:
-        raise OutputError(f"{file} cannot be read ({type(error).__name__}: {error}); delete {folder}") from error
-    if about.get("key") != key:
-        raise OutputError(f"{folder} is the beginning of another training; delete it, or choose another folder")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[f"{name}|weight"])
-            moments = {part: tensors[f"{name}|{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {part: t if part == "step" else t.to(p.device) for part, t in moments.items()}
-    return losses

@@ -73,7 +73,7 @@ def read_labelled(
     """
     path = Path(source).expanduser()
     of_file = path.suffix in FILES or path.exists()
-    rows = _file_rows(path, split) if of_file else _hub_rows(str(source), split)
+    rows = file_rows(path, split) if of_file else _hub_rows(str(source), split)
     for field in (text_field, label_field):
         if rows and field not in rows[0]:
             raise ExamplesError(
@@ -115,7 +115,12 @@ def read_labelled(
     return Labelled(tuple(texts), tuple(found), tuple(left_out))
 
 
-def _file_rows(path: Path, split: str | None) -> list[Mapping[str, Any]]:
+def file_rows(path: Path, split: str | None = None) -> list[Mapping[str, Any]]:
+    """Rows of a CSV, TSV, JSON or JSONL file; of one with a column ``split``, those that have this value there.
+
+    Raises:
+        ExamplesError: it cannot be read, or has none.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
