@@ -198,10 +198,11 @@ def _read(file: Path, text: str, label: str | None, limit: int | None) -> tuple[
 
     rows = file_rows(file)[:limit]
     for name in (text, *([] if label is None else [label])):
-        if odd := next((i for i, row in enumerate(rows) if not str(row.get(name) or "").strip()), None):
-            raise ExamplesError(f"row {odd + 1} of {file} has no {name!r}; name another field, or correct it")
-    if not rows or not str(rows[0].get(text) or "").strip():
-        raise ExamplesError(f"{file} has no {text!r} in its first row; name the field with --text-field")
+        if name not in rows[0]:
+            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
+        for i, row in enumerate(rows):
+            if not str(row.get(name) or "").strip():
+                raise ExamplesError(f"row {i + 1} of {file} has no {name!r}; correct it, or leave it out")
     return [str(row[text]) for row in rows], None if label is None else [str(row[label]) for row in rows]
 
 

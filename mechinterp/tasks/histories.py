@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mechinterp.errors import ExamplesError
+
 RISKS = ("syncope", "chest pain", "sepsis", "stroke", "bleeding")
 ORDINARY = (
     "blood pressure check", "flu vaccination", "eye examination", "routine blood test", "dental cleaning",
@@ -36,8 +38,12 @@ def patient_histories(
     are anybody's. Without it, it is like them.
 
     Args:
-        lines: least and most visits.
+        lines: least and most visits, 3 or more.
+    Raises:
+        ExamplesError: too few visits, or no histories.
     """
+    if not 3 <= lines[0] <= lines[1] or n < 1:
+        raise ExamplesError(f"a history has 3 visits or more, and there must be one history. Got {lines} and {n}")
     rng = np.random.default_rng(seed)
     texts: list[str] = []
     counts: list[int] = []
