@@ -32,7 +32,10 @@ TEMPLATE = (
     "Sentence: Every winter the lake is covered by thick\nNext: ice\nSentence: "
 )
 AFTER = "\nNext:"
-METHODS = ("saliency", "grad-x-input", "integrated-gradients", "lime", "kernel-shap", "partition-shap")
+METHODS = (
+    "saliency", "grad-x-input", "integrated-gradients", "head-x-representation",
+    "lime", "kernel-shap", "partition-shap",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
             lines.append(compare(work, seconds["ours"], beside, seconds["theirs"], asked))
     facts["template_tokens"] = len(long.ids) - len(bare.ids)
     report("Attribution of tokens", lines, environment(model="smollm2", **facts), options.json)
-    print(faithfulness(model, 2 if options.quick else 64, evaluations))
+    print(faithfulness(model, 2 if options.quick else 32, evaluations))
 
 
 class Prompt:
@@ -163,7 +166,11 @@ def faithfulness(model: mi.Model, n: int, evaluations: int) -> str:
     results = mi.run(
         model,
         plain,
-        [mi.TokenAttribution(method, mi.answer_logit(), "rest", evaluations=evaluations) for method in METHODS],
+        # Integrated gradients at 50 steps, whether they add up or not: some prompts would take hundreds.
+        [
+            mi.TokenAttribution(method, mi.answer_logit(), "rest", steps=STEPS, tolerance=1e9, evaluations=evaluations)
+            for method in METHODS
+        ],
     )
     found = erase_tokens(model, plain, dict(zip(METHODS, results, strict=True)), metric)
     table = found.table("aopc_comprehensiveness")
