@@ -50,6 +50,9 @@ def main() -> None:
     facts["ig_r"] = agree(ways, 0.999)
     seconds = interleave(ways, rounds)
     lines.append(compare(f"integrated gradients, {STEPS} steps", seconds["ours"], "captum", seconds["captum"], 1.0))
+    ways = {"ours": ways["ours"], "captum": lambda: captum_ig(model, bare, delta=True)}
+    seconds = interleave(ways, rounds)
+    lines.append(compare("the same", seconds["ours"], "captum, with its error", seconds["captum"], None))
     for name, one, limit in (("bare", bare, 0.5), ("in a template", long, 0.2)):
         for method, peer, beside, asked in (
             ("kernel-shap", captum_shap, "captum", limit),
@@ -96,7 +99,7 @@ def ours(model: mi.Model, one: Prompt, method: Any, evaluations: int = EVALUATIO
     return values[np.isfinite(values)]
 
 
-def captum_ig(model: mi.Model, one: Prompt) -> np.ndarray:
+def captum_ig(model: mi.Model, one: Prompt, delta: bool = False) -> np.ndarray:
     from captum.attr import IntegratedGradients
 
     own = model.hf.get_input_embeddings()(torch.tensor([one.ids])).detach()
@@ -106,7 +109,9 @@ def captum_ig(model: mi.Model, one: Prompt) -> np.ndarray:
     def forward(embeddings: torch.Tensor) -> torch.Tensor:
         return model.hf(inputs_embeds=embeddings, use_cache=False, logits_to_keep=1).logits[:, -1, one.answer]
 
-    found = IntegratedGradients(forward).attribute(own, base, n_steps=STEPS, method="gausslegendre")
+    options = {"n_steps": STEPS, "method": "gausslegendre", "return_convergence_delta": delta}
+    found = IntegratedGradients(forward).attribute(own, base, **options)
+    found = found[0] if delta else found
     return found.sum(-1)[0, slice(*one.span)].detach().numpy()
 
 

@@ -199,8 +199,10 @@ def test_bad_input(tmp_path: Path) -> None:
         ("cannot be held out", ExamplesError, train(two, ["x", "y"])),
         ("'y', which is none of x, z", ExamplesError, train(two, ["x", "y"], labels=["x", "z"])),
         ("context", ExamplesError, train(["a " * 300, "b"], ["x", "y"])),
+        ("open it with mi.load_classifier", ModelError, lambda: mi.Model.load(str(tmp_path / "kept"))),
         ("there is no head to save", ModelError, lambda: mi.save_classifier(base, tmp_path / "o")),
     ]
+    mi.save_classifier(mi.load_classifier(tiny(), head=head()), tmp_path / "kept")
     for said, error, do in cases:
         with pytest.raises(error, match=said):
             do()

@@ -32,7 +32,10 @@ class Bar:
 
     def begin(self, plan: Plan, round_number: int) -> None:
         total = sum(p.rows if p.what == "sweep" else p.batches for p in plan.passes if p.what != "sweep runs")
-        self._task = self._progress.add_task(f"round {round_number}: passes and rows", total=total)
+        self.start(f"round {round_number}: passes and rows", total)
+
+    def start(self, what: str, total: int) -> None:
+        self._task = self._progress.add_task(what, total=total)
 
     def advance(self, what: str, steps: int) -> None:
         if self._task is not None:

@@ -320,6 +320,8 @@ def _locate(name: str) -> tuple[str, bool]:
 def _check_folder(path: Path) -> None:
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(f"{path} is a PEFT adapter; load its base model, with adapter={str(path)!r}")
+    if (path / "classifier.yaml").is_file() and not (path / "config.json").is_file():
+        raise ModelError(f"{path} is a head and an adapter for a language model; open it with mi.load_classifier")
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint")
     if not list(path.glob("*.safetensors")):

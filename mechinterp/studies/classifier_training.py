@@ -34,6 +34,7 @@ def train_classifier(
     patience: int = 2,
     training: Training = Training(),
     told: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Model:
     """Train a linear head on a causal model's last token, and LoRA below it, and save both in `out`.
 
@@ -53,6 +54,7 @@ def train_classifier(
         training: rank, learning rate, epochs, batch size and seed. Without an adapter the rate is that of the head,
             for which 1e-2 and more epochs are usual.
         told: called with a sentence about how it goes, now and then.
+        progress: show a bar on a terminal.
     Returns:
         The classifier, which takes over the model: its decoder has the adapter from now on.
     Raises:
@@ -107,7 +109,7 @@ def train_classifier(
     try:
         train(
             made, training, len(kept), lambda some: loss_of([kept[i] for i in some]), state, key, say,
-            check if held else None, patience,
+            check if held else None, patience, progress,
         )  # fmt: skip
     except BaseException:
         if made.peft is not None:

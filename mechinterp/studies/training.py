@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mechinterp.engine.progress import Bar
 from mechinterp.errors import ConfigurationError, ModelError, OutputError
 from mechinterp.model.model import Model
 from mechinterp.report.files import explained
@@ -86,6 +88,7 @@ def train(
     say: Callable[[str], None],
     check: Callable[[], float] | None = None,
     patience: int = 0,
+    progress: bool = False,
 ) -> tuple[list[float], list[float]]:
     """Train whatever of the model has gradients, in place.
 
@@ -96,6 +99,7 @@ def train(
         key: what the training depends on; a state of another is refused.
         check: a loss on examples held out, asked for after every epoch.
         patience: epochs without a better one after which to stop; the weights of the best are put back.
+        progress: show a bar on a terminal.
     Returns:
         The loss of every step, and that of the examples held out after every epoch.
     """
@@ -109,30 +113,35 @@ def train(
     if losses:
         say(f"going on after step {len(losses)} of {len(steps)}")
     rising = max(1, round(WARM_UP * len(steps)))
-    for step in range(len(losses), len(steps)):
-        rate = min((step + 1) / rising, (len(steps) - step) / max(1, len(steps) - rising))
-        optimizer.param_groups[0]["lr"] = training.learning_rate * rate
-        if _done(held, patience):
-            break
-        loss = loss_of(steps[step])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        if not np.isfinite(losses[-1]):
-            raise ModelError(
-                f"the loss of step {step} is {losses[-1]}; lower the learning rate, {training.learning_rate:g}"
-            )
-        if check is not None and step + 1 in ends:
-            held.append(check())
-            if held[-1] == min(held):
-                best = {name: p.detach().clone() for name, p in parameters.items()}
-        if (step + 1) % KEEP_EVERY == 0 or step + 1 in ends:
-            _keep(folder, key, parameters, optimizer, best, losses, held)
-            recent = float(np.mean(losses[-KEEP_EVERY:]))
-            more = f", held out {held[-1]:.3f}" if held else ""
-            say(f"step {step + 1} of {len(steps)}, loss {recent:.3f}{more}")
+    with Bar() if progress else nullcontext() as bar:
+        if bar is not None:
+            bar.start("training: steps", len(steps) - len(losses))
+        for step in range(len(losses), len(steps)):
+            rate = min((step + 1) / rising, (len(steps) - step) / max(1, len(steps) - rising))
+            optimizer.param_groups[0]["lr"] = training.learning_rate * rate
+            if _done(held, patience):
+                break
+            loss = loss_of(steps[step])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            if not np.isfinite(losses[-1]):
+                raise ModelError(
+                    f"the loss of step {step} is {losses[-1]}; lower the learning rate, {training.learning_rate:g}"
+                )
+            if check is not None and step + 1 in ends:
+                held.append(check())
+                if held[-1] == min(held):
+                    best = {name: p.detach().clone() for name, p in parameters.items()}
+            if (step + 1) % KEEP_EVERY == 0 or step + 1 in ends:
+                _keep(folder, key, parameters, optimizer, best, losses, held)
+                recent = float(np.mean(losses[-KEEP_EVERY:]))
+                more = f", held out {held[-1]:.3f}" if held else ""
+                say(f"step {step + 1} of {len(steps)}, loss {recent:.3f}{more}")
+            if bar is not None:
+                bar.advance("step", 1)
     with torch.no_grad():
         for name, value in best.items():
             parameters[name].copy_(value)
