@@ -17,6 +17,7 @@ from mechinterp.core.result import Part, Result, View
 from mechinterp.errors import NeedsError
 
 BINS = 50
+"""Of the histogram, at most."""
 Floats: TypeAlias = npt.NDArray[np.floating]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
@@ -69,7 +70,7 @@ class ClassifierWeights(Analyzer):
         w = torch.stack(directions)
         many = w.double().cpu().numpy()
         at, top = ("label", "side", "place"), min(self.top, w.shape[1])
-        edges = np.histogram_bin_edges(many, BINS)
+        edges = np.histogram_bin_edges(many, min(BINS, 2 * int(np.sqrt(w.shape[1]))))
         counts = np.stack([np.histogram(row, edges)[0] for row in many])
         dims, sizes = _ends(many, top)
         unit = many / np.maximum(np.linalg.norm(many, axis=1, keepdims=True), 1e-30)

@@ -44,7 +44,7 @@ _EDGES = ".,;:!?()[]{}\"'"
 
 @dataclass(frozen=True)
 class SpuriousPatterns(Analyzer):
-    """Words of suspect kinds over-represented at high scores, each with what leaving it out does to the log-odds.
+    """Words of suspect kinds over-represented at high scores, each with what it does to the log-odds.
 
     First round: the head at every token (as in `Trajectory`). Words are what white space separates, without
     punctuation at their ends, in lower case, and each has a score (see `by`). High is above the `quantile` of all
@@ -82,7 +82,7 @@ class SpuriousPatterns(Analyzer):
         patterns: further kinds: name → regular expression that matches a word whole.
         quantile: above which scores are high.
         least: texts that a suspect must be in.
-        boilerplate: share of texts that have a line; 1 or more for none.
+        boilerplate: share of texts that have a line; above 1 for none.
         test: ``"swap"``; ``"remove"``; or ``"blank"``, which puts the mean embedding in its place.
         effect: least change, nats.
         level: of q.

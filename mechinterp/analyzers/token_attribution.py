@@ -142,7 +142,7 @@ class TokenAttribution(Analyzer):
         chosen = _chosen(batch, self.positions)
         values: dict[str, tuple[Any, str]] = {}
         if self.method in PERTURBING:
-            attribution = self._perturbed(batch, chosen)
+            attribution = self._perturbed(batch, chosen, score, empty)
         elif self.method == "integrated-gradients":
             attribution = self._integrated(batch, chosen)
         else:
@@ -161,26 +161,34 @@ class TokenAttribution(Analyzer):
         apart = batch.clean[sites.embed()].float() - batch.model.baseline(self.baseline).float()
         return _dot(batch.grads["mean"][sites.embed()], apart).masked_fill(~chosen, float("nan"))
 
-    def _perturbed(self, batch: Batch, chosen: Tensor) -> Tensor:
+    def _perturbed(self, batch: Batch, chosen: Tensor, score: Tensor, empty: Tensor) -> Tensor:
         out = torch.full(chosen.shape, float("nan"))
         for i in range(len(batch.examples)):
             columns = chosen[i].nonzero()[:, 0].tolist()
             start = int(batch.examples.starts[i])
             strings = batch.model.to_str_tokens(batch.examples.ids[i, columns].tolist())
-            value = partial(self._value, batch, i, [column - start for column in columns])
+            ends = float(score[i]), float(empty[i])
+            value = partial(self._value, batch, i, [column - start for column in columns], ends)
             game = Game(value, strings, self.evaluations, self.seed)
             out[i, columns] = torch.as_tensor(game.attribute(self.method), dtype=torch.float32)
         return out
 
-    def _value(self, batch: Batch, row: int, tokens: Sequence[int], kept: Masks) -> Floats:
-        """The metric of one example with the tokens masked that are not kept, ``input``."""
+    def _value(self, batch: Batch, row: int, tokens: Sequence[int], ends: tuple[float, float], kept: Masks) -> Floats:
+        """The metric of one example with the tokens masked that are not kept, ``input``.
+
+        Args:
+            ends: the metric with all of them, and with none.
+        """
         position = np.asarray(tokens)
-        edits = [Edit(tuple(position[~one].tolist()), self.baseline) for one in kept if not one.all()]
+        out = np.where(kept.all(1), *ends)
+        some = ~kept.all(1) & kept.any(1)
+        if not some.any():
+            return out
+        edits = tuple(Edit(tuple(position[~one].tolist()), self.baseline) for one in kept[some])
         number = batch.examples.rows[row]
-        swept = batch.rerun(Sweep(self.metric, edits=((),) * number + (tuple(edits),), base="clean"), [row])
-        assert swept.values is not None and swept.base is not None
-        out = np.full(len(kept), float(swept.base[0]))
-        out[~kept.all(1)] = swept.values[0].float().cpu().numpy()
+        swept = batch.rerun(Sweep(self.metric, edits=((),) * number + (edits,), base="clean"), [row])
+        assert swept.values is not None
+        out[some] = swept.values[0].float().cpu().numpy()
         return out
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result | Analyzer:

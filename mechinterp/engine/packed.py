@@ -231,7 +231,7 @@ class _Sweeping(Runs):
         tick: Callable[[str, int], None],
         budget: int,
         skip: bool,
-        known: Known | None,
+        known: Known | None = None,
     ) -> None:
         super().__init__(model, batch, sweep, width, tick, {} if known is None else known)
         self.budget, self.skip = budget, skip
