@@ -8,6 +8,7 @@ import torch
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.core.analyzer import Path
+from mechinterp.core.metrics import Function
 from mechinterp.core.trace import Read
 from mechinterp.engine.backward import along, backward
 from mechinterp.engine.forward import forward, score
@@ -68,7 +69,7 @@ def test_a_metric_that_does_not_depend_on_a_site(model: mi.Model, ids: list[list
             model,
             batch,
             [Site("k", 2), Site("q", 2)],
-            mi.Metric.__subclasses__()[-1](fn=lambda x: x[:, 0].detach().requires_grad_()),
+            Function(fn=lambda x: x[:, 0].detach().requires_grad_()),
         )
     with pytest.raises(SiteError, match="attn_out"):
         backward(model, batch, [Site("head_out", 1)], mi.answer_logit())

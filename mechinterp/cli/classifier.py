@@ -183,7 +183,7 @@ def _load(
     label: list[str] | None,
     dtype: str | None,
     device: str | None,
-) -> mi.Model:
+) -> "mi.Model":
     given: Any = None if base == "-" else base
     model = mi.load_classifier(
         given, adapter=adapter, head=head, config=config, labels=label, dtype=dtype, device=device
@@ -206,7 +206,7 @@ def _read(file: Path, text: str, label: str | None, limit: int | None) -> tuple[
     return [str(row[text]) for row in rows], None if label is None else [str(row[label]) for row in rows]
 
 
-def _cut(model: mi.Model, texts: list[str], how: Truncation) -> list[str]:
+def _cut(model: "mi.Model", texts: list[str], how: Truncation) -> list[str]:
     """Texts as they are, or cut to the context; how many were is said."""
     from mechinterp.studies.classifier import shorten
 
@@ -228,7 +228,7 @@ def _patterns(given: list[str] | None) -> dict[str, str]:
     return out
 
 
-def _write(model: mi.Model, results: list[mi.Result], out: Path, title: str) -> None:
+def _write(model: "mi.Model", results: "list[mi.Result]", out: Path, title: str) -> None:
     from mechinterp.engine.runner import provenance
     from mechinterp.report.study import write_study
     from mechinterp.report.trajectory import trajectory_picker
