@@ -43,7 +43,7 @@ def load_classifier(
         base: a name or folder as for `Model.load`, or a `Model`, which the classifier then takes over. A folder may
             also be one that `save_classifier` wrote; a ``…ForSequenceClassification`` checkpoint; the adapter that a
             Trainer saved, which names its base; or a Trainer's output, whose newest ``checkpoint-…`` is opened.
-        adapter: folder or hub id of a PEFT adapter, trained on the causal model (or, bringing its head, on a classifier).
+        adapter: folder or hub id of a PEFT adapter, trained on the causal model or, with its head, on a classifier.
         head: a safetensors file with one matrix ``label d_model`` (and perhaps a bias), a folder with such a file,
             or the layer itself. None where the checkpoint or the adapter brings it.
         labels: names of the head's outputs; ``LABEL_0`` and so on by default.
