@@ -88,6 +88,12 @@ _NAMES = {
     "HighScoreTokens": "mechinterp.analyzers.trajectory",
     "SpuriousPatterns": "mechinterp.analyzers.spurious",
     "DimensionCorrelation": "mechinterp.analyzers.dimensions",
+    "Probe": "mechinterp.analyzers.probe",
+    "ProbeTransfer": "mechinterp.analyzers.probe",
+    "LinearProbe": "mechinterp.core.linear_probe",
+    "ConceptDirections": "mechinterp.analyzers.concept_directions",
+    "ConceptAssociation": "mechinterp.analyzers.concept_directions",
+    "Steering": "mechinterp.analyzers.steering",
     "load_classifier": "mechinterp.model.classifier",
     "save_classifier": "mechinterp.model.classifier",
     "train_classifier": "mechinterp.studies.classifier_training",
@@ -114,6 +120,8 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.categories import AttentionByCategory as AttentionByCategory
     from mechinterp.analyzers.classifier_weights import ClassifierWeights as ClassifierWeights
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
+    from mechinterp.analyzers.concept_directions import ConceptAssociation as ConceptAssociation
+    from mechinterp.analyzers.concept_directions import ConceptDirections as ConceptDirections
     from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
@@ -127,8 +135,11 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns
     from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
+    from mechinterp.analyzers.probe import Probe as Probe
+    from mechinterp.analyzers.probe import ProbeTransfer as ProbeTransfer
     from mechinterp.analyzers.spurious import SpuriousPatterns as SpuriousPatterns
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
+    from mechinterp.analyzers.steering import Steering as Steering
     from mechinterp.analyzers.syntax import SyntacticHeads as SyntacticHeads
     from mechinterp.analyzers.token_attribution import TokenAttribution as TokenAttribution
     from mechinterp.analyzers.tracing import CausalTracing as CausalTracing
@@ -194,6 +205,7 @@ if TYPE_CHECKING:
         Steer as Steer,
     )
     from mechinterp.core.interventions import (
+    from mechinterp.core.linear_probe import LinearProbe as LinearProbe
         Zero as Zero,
     )
     from mechinterp.core.metrics import (

@@ -66,9 +66,14 @@ def study(
     source: str,
     batch_size: int | None = None,
     engine: str = "packed",
+    names: Sequence[str] = (),
     **run: Any,
-) -> None:
-    """Load, plan, run, summarize, write. `run` are further options of `mi.run`."""
+) -> "tuple[mi.Model, list[mi.Result]]":
+    """Load, plan, run, summarize, write. `run` are further options of `mi.run`.
+
+    Args:
+        names: of the analyzers, where several are of one kind.
+    """
     from mechinterp.cli.summary import findings
     from mechinterp.report.study import write_study
 
@@ -82,12 +87,16 @@ def study(
     options: dict[str, Any] = {"engine": engine, "batch_size": batch_size, "seed": seed, **run}
     results = mi.run(model, examples, analyzers, progress=True, **options)
     ran = time.perf_counter()
+    results = [r.with_meta(of=name) for r, name in zip(results, names, strict=True)] if names else results
     summary = findings(results, plan)
     for line in summary:
         typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
     manifest = {
         **{key: results[0].meta[key] for key in PROVENANCE},
-        "analyzers": {str(r.meta["analyzer"]): dict(r.meta["options"]) for r in results},
+        "analyzers": {
+            " of ".join([str(r.meta["analyzer"]), *names[i : i + 1]]): dict(r.meta["options"])
+            for i, r in enumerate(results)
+        },
         "examples": source,
         "n_examples": len(examples),
         "command": shlex.join(["mechinterp", *sys.argv[1:]]),
@@ -100,6 +109,7 @@ def study(
         out, title, results, plan=str(plan), manifest=manifest, summary=summary, explanations=explanations
     )
     typer.echo(f"\nreport: {report}")
+    return model, results
 
 
 def explanation(what: object) -> str:

@@ -34,6 +34,10 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
             out += _patching(result)
         if result.meta.get("analyzer") == "CausalTracing":
             out += _tracing(result)
+        if result.meta.get("analyzer") == "Probe":
+            out += _probe(result)
+        if result.meta.get("analyzer") == "ConceptDirections":
+            out += _directions(result)
     return out + _shared(plan, results)
 
 
@@ -148,6 +152,50 @@ def _tracing(result: Result) -> list[str]:
     for name, group in frame.groupby("kind", sort=False):
         out.append(f"Restoring {name}: {_cells(group, data, 0.0, str(name))}.")
     return out
+
+
+def _probe(result: Result) -> list[str]:
+    """Where a label is read best, and beside what."""
+    data: Any = result.data
+    value = "accuracy" if "accuracy" in data else "r2"
+    own = data[value].sel(task="labels")
+    best = int(own.argmax())
+    site = str(data["site"].values[best])
+    low, high = (float(data[name].sel(task="labels")[best]) for name in ("ci_low", "ci_high"))
+    of = f" of {result.meta['of']}" if "of" in result.meta else ""
+    left = result.meta["left_out"]
+    said = (
+        f"Probes{of}, on {count(result.meta['units'], 'vector')}{f' ({left} without a label left out)' if left else ''}:"
+        f" best at {site}, {'R²' if value == 'r2' else value} {float(own[best]):.3f} ({low:.3f} to {high:.3f})"
+    )
+    beside = [
+        f"{name} {float(data[value].sel(task=task)[best]):.3f}"
+        for task, name in (("majority", "majority"), ("type", "word alone"), ("control", "control task"))
+        if task in data["task"].values
+    ]
+    said += f"; beside it: {', '.join(beside)}" if beside else ""
+    if "q" in data:
+        said += f"; {int((data['q'].values < ALPHA).sum())} of {data.sizes['site']} sites beat shuffled labels (q < .05)"
+    return [f"{said}. The best of many sites is chosen with hindsight."]
+
+
+def _directions(result: Result) -> list[str]:
+    """The site that was chosen, and how it does on what was set apart."""
+    data: Any = result.data
+    site = str(result.meta["chosen"])
+    classes = [str(name) for name in data["class"].values]
+    shown = classes[1:] if len(classes) == 2 else classes
+    parts: list[str] = []
+    for name in shown:
+        one = data.sel(site=site, **{"class": name})
+        parts.append(
+            f"{name} {float(one['test_auroc']):.3f} ({float(one['ci_low']):.3f} to {float(one['ci_high']):.3f},"
+            f" q {float(one['q']):.1g})"
+        )
+    return [
+        f"Directions by {result.meta['method']}: the site chosen by cross-validation is {site}; AUROC on"
+        f" {count(result.meta['set_apart'], 'vector')} set apart: {', '.join(parts)}."
+    ]
 
 
 def _cells(frame: Any, data: Any, rest: float, kind: str) -> str:

@@ -1,7 +1,7 @@
 """Metrics: what scores a run, one number an example.
 
 A metric says at which positions it needs logits, and of which vocabulary rows, so that nothing else
-is computed. Higher is always the behaviour under study, except for `kl` and `loss`.
+is computed; or that it scores what is at a site further in (a probe's reading of it, say). Higher is always the behaviour under study, except for `kl` and `loss`.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import ExamplesError
 from mechinterp.shapes import Scores
+from mechinterp.sites import Site
 
 Rows: TypeAlias = Int[Tensor, "rows"] | None
 
@@ -32,6 +33,11 @@ class Metric:
     compares: ClassVar[bool] = False
     """True when `score` needs the logits of the unedited clean run as `reference`."""
 
+    @property
+    def site(self) -> Site | None:
+        """The site whose values at `positions` are scored in place of logits; None for logits."""
+        return None
+
     def rows(self, batch: TokenBatch) -> Rows:
         """Vocabulary ids whose logits are needed, or None for all of them."""
         return None
@@ -46,7 +52,7 @@ class Metric:
         """One number an example.
 
         Args:
-            logits: at `positions`; its last axis follows `rows`.
+            logits: at `positions`; its last axis follows `rows`. Where there is a `site`, its values.
             reference: the clean run's logits, where the metric compares.
         """
         raise TypeError(f"{type(self).__name__} must define score(logits, batch, rows, reference)")

@@ -48,10 +48,12 @@ def backward(
         NeedsError: the metric does not depend on a site, and nothing is written.
     """
     places = list(dict.fromkeys(site.whole for site in sites))
+    if metric.site and (late := [site for site in sites if site.order > metric.site.order]):
+        raise NeedsError(f"the metric {metric} is of {metric.site}, which {late[0]} comes after; ask for an earlier site")
     with torch.enable_grad():
         head: Any = model.hf.get_submodule(model.arch.unembed)
         written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
-        last = Read(Site("logits") if written else FINAL_NORM)
+        last = Read(metric.site.whole if metric.site else Site("logits") if written else FINAL_NORM)
         stop = last.site
         taken = list(dict.fromkeys([last, *reads]))
         attached = Attached(model.hf, model.arch, model.dims, writes, taken, places, stop=stop)
@@ -62,7 +64,7 @@ def backward(
             final = select(attached.values[last], last.site, batch.where(metric.positions))
         rows = metric.rows(batch)
         chosen = final if rows is None or not written else final[..., rows]
-        logits = chosen if written else model.unembed(final, rows)
+        logits = chosen if written or metric.site else model.unembed(final, rows)
         against = None if reference is None else reference.logits[metric]
         total = metric.score(logits, batch, rows, against).sum()
         edges = [attached.captured[place][0] for place in places]

@@ -30,7 +30,7 @@ class Passed:
 
     values: Mapping[Read, Tensor]
     logits: Mapping[Metric, Tensor]
-    """For every metric, logits at its positions and rows."""
+    """For every metric, logits at its positions and rows, or the values at its site."""
     rows: Mapping[Metric, Rows]
 
 
@@ -54,16 +54,18 @@ def forward(
     """
     if not reads and not metrics:
         return Passed({}, {}, {})
+    scored = {metric: Read(metric.site.at(metric.positions)) for metric in metrics if metric.site is not None}
     inside = [r for r in reads if r.site.kind != "logits"]
     outside = [r for r in reads if r.site.kind == "logits"]
     # Somebody may be writing logits: then, and for all positions, the model makes them itself.
     head: Any = model.hf.get_submodule(model.arch.unembed)
     written = any(site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers))
     everywhere = any(r.site.positions is None for r in outside)
-    forced = bool(outside or metrics) and (bool(head._forward_hooks) or written)
+    ending = bool(outside) or len(scored) < len(metrics)
+    forced = ending and (bool(head._forward_hooks) or written)
     whole = forced or everywhere
     writes = [*blanking(model, batch), *writes]
-    needed = inside + ([Read(FINAL_NORM)] if outside or metrics else [])
+    needed = [*inside, *scored.values(), *([Read(FINAL_NORM)] if ending else [])]
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
     taken = list(dict.fromkeys(needed + ([full] if whole else [])))
@@ -84,7 +86,9 @@ def forward(
     for metric in metrics:
         rows, where = metric.rows(batch), batch.where(metric.positions)
         chosen[metric] = rows
-        if forced:  # otherwise a product of its own, so that nobody else's reads move it
+        if metric in scored:
+            logits[metric] = values[scored[metric]]
+        elif forced:  # otherwise a product of its own, so that nobody else's reads move it
             at = select(values[full], full.site, where)
             logits[metric] = at if rows is None else at[..., rows]
         else:

@@ -8,6 +8,7 @@ are one matrix for every linear layer, and the model's own modules do the arithm
 """
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from mechinterp.core.metrics import Function
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.cells import Cells, Ints, Rows
 from mechinterp.engine.flight import Flight
-from mechinterp.engine.forward import out_of_memory, score
+from mechinterp.engine.forward import forward, out_of_memory, score
 from mechinterp.engine.runs import Known, Runs
 from mechinterp.engine.sweep import Grid, entries
 from mechinterp.errors import NeedsError
@@ -43,6 +44,10 @@ def why_full(model: Model, sweep: Sweep, spans: Collection[str] = ()) -> str | N
     Args:
         spans: names that the examples give to several tokens.
     """
+    if sweep.metric is not None and (at := sweep.metric.site) is not None:
+        if sweep.edits:
+            return "the metric is of a site, and inputs are edited"
+        sweep = replace(sweep, metric=None, reads=(*sweep.reads, at.at(sweep.metric.positions)))
     grid = Grid.of(sweep, model, 1)
     written = [site for group in grid.groups for site in group]
     given = [site for one in sweep.given for site in resolve(one.site, model.dims.n_layers)]
@@ -130,6 +135,10 @@ def sweep_packed(
     Raises:
         NeedsError: the budget is too small for one row.
     """
+    if sweep.metric is not None and (at := sweep.metric.site) is not None:
+        inner = replace(sweep, metric=None, reads=(*sweep.reads, at.at(sweep.metric.positions)))
+        found = sweep_packed(model, batch, inner, budget=budget, skip=skip, tick=tick, known=known)
+        return _scored(model, batch, sweep, found, tick)
     whole = batch.right_padded()
     pieces: list[Swept] = []
     width = entries(sweep, int(whole.lengths.max()), whole.rows)
@@ -150,6 +159,27 @@ def sweep_packed(
         return None if found[0] is None else torch.cat(found)
 
     return Swept(join("values"), first.axes, join("base"), join("source"), reads, first.coords)
+
+
+def _scored(model: Model, batch: TokenBatch, sweep: Sweep, found: Swept, tick: Callable[[str, int], None]) -> Swept:
+    """The metric of what rows have at its site, in place of that."""
+    metric = sweep.metric
+    assert metric is not None and metric.site is not None
+    reads = dict(found.reads)
+    at = metric.site.at(metric.positions)
+    values = reads[at] if at in sweep.reads else reads.pop(at)
+    shape = values.shape[: 1 + len(found.axes)]
+    cells = values.flatten(1, len(found.axes)).transpose(0, 1)  # cell example *site
+    scores = torch.stack([metric.score(cell, batch, None, None) for cell in cells], 1).reshape(shape)
+    whole = batch.right_padded()
+    gone = Cells(model, whole, sweep, entries(sweep, int(whole.lengths.max()), whole.rows)).rows()[1]
+    missing = torch.as_tensor(gone, device=scores.device).reshape(shape)
+    ends: list[Tensor | None] = [None, None]
+    for i, run in enumerate([sweep.base, sweep.source] if sweep.patches else [sweep.base]):
+        writes = sweep.given if i == 0 else ()
+        ends[i] = score(metric, batch.run(run), forward(model, batch.run(run), (), [metric], writes))
+        tick("sweep_runs", 1)
+    return Swept(scores.masked_fill(missing, float("nan")), found.axes, ends[0], ends[1], reads, found.coords)
 
 
 def _joined(batch: TokenBatch, site: Site, pieces: list[Tensor]) -> Tensor:

@@ -255,10 +255,14 @@ def decode(value: Any) -> Any:
 
 
 def named(results: Sequence[Result]) -> dict[str, Result]:
-    """Results by a name for their files, such as ``head-roles``; a repeated one gets a number."""
+    """Results by a name for their files, such as ``head-roles``; a repeated one gets a number.
+
+    What a result is of (``meta["of"]``), where several are of one analyzer, comes behind it: ``probe-tense``.
+    """
     out: dict[str, Result] = {}
     for result in results:
-        name = slug(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", str(result.meta.get("analyzer", "result"))))
+        whole = "-".join(str(result.meta[key]) for key in ("analyzer", "of") if key in result.meta) or "result"
+        name = slug(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", whole))
         out[_free(name, out)] = result
     return out
 

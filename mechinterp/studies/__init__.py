@@ -30,6 +30,7 @@ from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 from mechinterp.studies.labelled import Labelled as Labelled
 from mechinterp.studies.labelled import read_labelled as read_labelled
+from mechinterp.studies.steering import steered_text as steered_text
 from mechinterp.studies.training import Training as Training
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "minimality",
     "read_labelled",
     "shorten",
+    "steered_text",
     "tfidf_classifier",
     "trace_information_flow",
 ]

@@ -1,0 +1,284 @@
+"""Concept directions: the line in activation space along which a concept is told from what it is not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Bool, Float
+from scipy import linalg, stats
+from torch import Tensor
+
+from mechinterp.analyzers.fitting import logistic
+from mechinterp.analyzers.probe import residual
+from mechinterp.analyzers.probe_data import Array, Probed
+from mechinterp.analyzers.units import Pool, Units, features, part
+from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
+from mechinterp.core.linear_probe import LinearProbe
+from mechinterp.core.result import Part, Result, View
+from mechinterp.core.statistics import compare_groups, fdr
+from mechinterp.errors import ExamplesError, NeedsError
+from mechinterp.sites import Position, Site
+
+METHODS = ("mean-difference", "logistic", "pca")
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class ConceptDirections(Analyzer):
+    """A direction for each class against the rest, at every site, from one pass.
+
+    ``mean-difference`` is the mean of the class less the mean of the rest (Marks & Tegmark 2024; the most causal of
+    the three in their experiments); ``logistic`` the weight of a logistic regression on standardised features, which
+    tells classes apart best and may follow what only correlates; ``pca`` the first principal component, of the
+    differences to the group's mean where every group holds the class and the rest, such as pairs (Zou et al. 2023),
+    and of everything elsewhere, with the sign that the labels give.
+
+    One fold of the groups is set apart: neither directions nor the choice of a site see it. That a direction tells
+    classes apart does not say that the model uses it; `Steering` measures that.
+
+    Result (``site class``; two classes have one line, whose positive side is the second): ``auroc`` of the projection,
+    cross-validated over the other folds, by which `LinearProbe.of` chooses a site; ``test_auroc`` on the fold set
+    apart with ``ci_low, ci_high`` (95%, bootstrap over groups), ``p`` (Mann-Whitney, which takes texts to be
+    independent) and ``q`` over all; ``coherence``, the mean cosine between the directions that single folds give,
+    each without the others, which is near 0 for what is noise; ``alignment`` (``site class other``), cosines between
+    classes; ``weight`` (``site class dim``) and ``bias`` (``site class``), for `LinearProbe.of`: scores are
+    projections, 0 half-way between the two means.
+
+    Attributes:
+        method: one of the three.
+        sites, labels, positions, pool, each, groups, c: as for `Probe`.
+        folds: of which one is set apart; three or more.
+    Raises:
+        NeedsError: no such method, or too few folds. ExamplesError: as for `Probe`; labels that are numbers.
+    """
+
+    method: Literal["mean-difference", "logistic", "pca"] = "mean-difference"
+    sites: Wanted | None = field(default=None, hash=False)
+    labels: tuple[Any, ...] | None = field(default=None, hash=False)
+    positions: Position = "end"
+    pool: Pool = "mean"
+    each: str | None = None
+    folds: int = 5
+    groups: tuple[Any, ...] | None = field(default=None, hash=False)
+    c: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS or self.folds < 3 or self.c <= 0:
+            raise NeedsError(
+                f"ConceptDirections must have one of the methods {', '.join(METHODS)}, three folds or more, and a c"
+                f" above 0. Got {self.method!r}, {self.folds} and {self.c}"
+            )
+
+    @property
+    def units(self) -> Units:
+        return Units(self.positions, self.pool, self.each)
+
+    def _reads(self, model: Model) -> tuple[Site, ...]:
+        n = model.dims.n_layers
+        return self.units.reads(residual(n) if self.sites is None else self.sites, n)
+
+    def needs(self, model: Model) -> Needs:
+        return Needs(self._reads(model))
+
+    def observe(self, batch: Batch) -> Part:
+        return part(self.units, self._reads(batch.model), batch)
+
+    def combine(self, parts: Iterator[Part], context: Context) -> Result:
+        x, owner, tokens = features(parts)
+        data = Probed.of(
+            context.tokens, owner, tokens, self.labels, self.groups, self.folds, context.seed, self.each is not None
+        )
+        if not data.classes:
+            raise ExamplesError("concepts have classes, and these labels are numbers; give labels that are names")
+        x = x[:, torch.from_numpy(data.rows)]
+        found = [self._site(one.to(context.model.device), data) for one in x]
+        classes = [str(name) for name in data.classes]
+        variables: dict[str, Any] = {}
+        at = ("site", "class")
+        for name in ("auroc", "test_auroc", "ci_low", "ci_high", "p"):
+            variables[name] = (at, np.stack([one[name] for one in found]))
+        p = variables["p"][1]
+        once = p[:, 1:] if len(classes) == 2 else p  # both classes of two are one test
+        variables["q"] = (at, np.broadcast_to(fdr(once), p.shape).copy())
+        variables["coherence"] = (at, np.stack([one["coherence"] for one in found]))
+        variables["alignment"] = (("site", "class", "other"), np.stack([one["alignment"] for one in found]))
+        variables["weight"] = (("site", "class", "dim"), np.stack([one["weight"] for one in found]))
+        variables["bias"] = (at, np.stack([one["bias"] for one in found]))
+        sites = [str(site.at(None)) for site in self._reads(context.model)]
+        dataset = xr.Dataset(variables, {"site": sites, "class": classes, "other": classes})
+        mean = dataset["auroc"].mean("class")
+        best = sites[int(mean.argmax())]
+        meta = {
+            "method": self.method, "units": len(data.y), "left_out": data.left_out, "chosen": best,
+            "set_apart": int(data.held[0].sum()),
+            "taken": {"positions": self.positions, "pool": self.pool, "each": self.each},
+        }  # fmt: skip
+        select = {"class": classes[1:]} if len(classes) == 2 else {}
+        views = tuple(
+            View("lines", name, "site", by="class", title=title, unit=unit, select=select)
+            for name, title, unit in (
+                ("test_auroc", f"Directions by {self.method}: on the texts set apart", "AUROC"),
+                ("coherence", "How alike directions of different texts are", "mean cosine"),
+            )
+        )
+        return Result(dataset, meta, views)
+
+    def _site(self, x: Float[Tensor, "unit dim"], data: Probed) -> dict[str, Array]:
+        """All that is reported of one site."""
+        held = torch.from_numpy(data.held).to(x.device)
+        apart, folds = held[0], held[1:]
+        y = torch.from_numpy(data.y).to(x.device)
+        group = torch.from_numpy(data.group).to(x.device)
+        # On all but what is set apart; without each fold of that; and on each fold alone.
+        rows = torch.cat([~apart[None], ~apart & ~folds, folds])
+        k, n = len(folds), len(data.classes)
+        names = [1] if n == 2 else list(range(n))
+        out: dict[str, list[Array]] = {}
+        for number in names:
+            yes = y == number
+            weight, bias = self._fit(x, yes, rows, group)
+            scores = (x @ weight.T).double().cpu().numpy()  # unit fit
+            truth = yes.cpu().numpy()
+            each = [_auroc(scores[fold, 1 + i], truth[fold]) for i, fold in enumerate(folds.cpu().numpy())]
+            test = apart.cpu().numpy()
+            own = torch.nn.functional.normalize(weight[1 + k :], dim=1)
+            between = (own @ own.T)[*torch.triu_indices(k, k, 1)] if k > 1 else own.new_full((1,), float("nan"))
+            value = _auroc(scores[test, 0], truth[test])
+            low, high = _interval(scores[test, 0], truth[test], data.group[test])
+            p = stats.mannwhitneyu(scores[test, 0][truth[test]], scores[test, 0][~truth[test]]).pvalue
+            found = {
+                "auroc": np.nanmean(each), "test_auroc": value, "ci_low": low, "ci_high": high, "p": float(p),
+                "coherence": float(between.mean()), "weight": weight[0].cpu().numpy(), "bias": float(bias[0]),
+            }  # fmt: skip
+            for name, v in found.items():
+                out.setdefault(name, []).append(np.asarray(v, dtype=float))
+        joined = {name: np.stack(values) for name, values in out.items()}
+        if n == 2:
+            half = {name: joined[name][0] / 2 for name in ("weight", "bias")}
+            joined = {name: np.repeat(v, 2, 0) for name, v in joined.items()}
+            joined |= {name: np.stack([-v, v]) for name, v in half.items()}
+        unit = joined["weight"] / np.maximum(np.linalg.norm(joined["weight"], axis=1, keepdims=True), 1e-30)
+        return joined | {"alignment": unit @ unit.T}
+
+    def _fit(
+        self, x: Tensor, yes: Bool[Tensor, "unit"], rows: Bool[Tensor, "fit unit"], group: Tensor
+    ) -> tuple[Float[Tensor, "fit dim"], Float[Tensor, "fit"]]:
+        """Weight and bias of each fit."""
+        if self.method == "logistic":
+            fits = logistic(x, yes.long().expand(len(rows), -1), rows, 2, self.c)
+            return fits.weight[:, 0], fits.bias[:, 0]
+        inside, outside = (rows & yes).float(), (rows & ~yes).float()
+        one, two = (share @ x / share.sum(1, keepdim=True) for share in (inside, outside))
+        weight = one - two
+        if self.method == "pca":
+            weight = torch.stack([_component(x[some], yes[some], group[some]) for some in rows]).to(weight)
+            weight = weight * torch.where((weight * (one - two)).sum(1, keepdim=True) < 0, -1.0, 1.0)
+        return weight, -(weight * (one + two) / 2).sum(1)
+
+
+@dataclass(frozen=True)
+class ConceptAssociation(Analyzer):
+    """Whether groups of texts lie along a concept's direction: professions along that of gender, say.
+
+    The texts must not name the concept themselves, or that is all that is found. What is measured is association in
+    the model's activations (as WEAT does in word vectors; Caliskan et al. 2017); whether it reaches what the model
+    does is for `Steering` and ablation to say.
+
+    Result (``group``): ``score``, the mean projection on the unit direction less that of the other groups, in
+    activation units, with ``ci_low, ci_high`` (95%, bootstrap over texts); ``d``, Cohen's d; ``p`` (permutation of texts,
+    studentised) and ``q`` over the groups; ``texts``, how many there are. ``projection`` (``example``) is what it is of.
+
+    Attributes:
+        probe: with the site and the direction.
+        name: whose direction; the probe's last class by default.
+        labels: the group of each text; the examples' labels by default. None is left out.
+        positions, pool: which vector is taken from a text.
+    Raises:
+        ExamplesError: no labels, or fewer than two groups.
+    """
+
+    probe: LinearProbe = field(hash=False)
+    name: str | None = None
+    labels: tuple[Any, ...] | None = field(default=None, hash=False)
+    positions: Position = "end"
+    pool: Pool = "mean"
+
+    def _reads(self, model: Model) -> tuple[Site, ...]:
+        return Units(self.positions, self.pool).reads(self.probe.site, model.dims.n_layers)
+
+    def needs(self, model: Model) -> Needs:
+        return Needs(self._reads(model))
+
+    def observe(self, batch: Batch) -> Part:
+        x = Units(self.positions, self.pool).of(batch.clean[self._reads(batch.model)[0]], batch.examples)
+        return Part(x.float() @ self.probe.direction(self.name).to(x.device), "example")
+
+    def combine(self, parts: Iterator[Part], context: Context) -> Result:
+        values = Result.of(parts).data["value"].values.astype(float)
+        labels = context.tokens.labels if self.labels is None else self.labels
+        if labels is None or len(labels) != len(values):
+            raise ExamplesError(f"{len(values)} texts take as many labels, the groups that they are of. Got {labels!r}")
+        named = np.array(["" if label is None else str(label) for label in labels])
+        groups = sorted(set(named.tolist()) - {""})
+        if len(groups) < 2:
+            raise ExamplesError(f"an association compares two groups or more. Got {', '.join(groups) or 'none'}")
+        found = [
+            compare_groups(values[named == g, None], values[(named != g) & (named != ""), None], context.seed)
+            for g in groups
+        ]
+        columns = {
+            "score": "difference", "ci_low": "ci_low", "ci_high": "ci_high", "d": "d", "p": "p",
+        }  # fmt: skip
+        data = xr.Dataset(
+            {
+                **{to: ("group", np.array([float(getattr(one, of)[0]) for one in found])) for to, of in columns.items()},
+                "texts": ("group", np.array([int((named == g).sum()) for g in groups])),
+                "projection": ("example", values),
+            },
+            {"group": groups},
+        )
+        data["q"] = ("group", fdr(data["p"].values))
+        line = self.name or self.probe.classes[-1]
+        title = f"Groups of texts along the direction of {line}"
+        view = View("bars", "score", "group", title=title, unit="mean projection less the others'", center=0.0)
+        about = {"site": str(self.probe.site), "class": line, "left_out": int((named == "").sum())}
+        return Result(data, about, (view,))
+
+
+def _component(x: Tensor, yes: Tensor, group: Tensor) -> Float[Tensor, "dim"]:
+    """The first principal component; of the differences to the group's mean where each has both."""
+    _, of = group.unique(return_inverse=True)
+    counts = torch.zeros(int(of.max()) + 1, 2, device=x.device)
+    counts.index_put_((of, yes.long()), torch.ones(len(x), device=x.device), accumulate=True)
+    if bool((counts > 0).all()):
+        means = torch.zeros(len(counts), x.shape[1], device=x.device).index_add_(0, of, x) / counts.sum(1)[:, None]
+        x = x - means[of]
+    z = (x - x.mean(0)).double().cpu().numpy()
+    square = z.T @ z if z.shape[1] <= len(z) else z @ z.T  # whichever is smaller
+    top = linalg.eigh(square, subset_by_index=[len(square) - 1] * 2)[1][:, 0]
+    top = top if z.shape[1] <= len(z) else z.T @ top
+    return torch.from_numpy(top / max(float(np.linalg.norm(top)), 1e-30)).to(x)
+
+
+def _auroc(scores: Array, truth: Any) -> float:
+    n, m = int(truth.sum()), int((~truth).sum())
+    if not n or not m:
+        return float("nan")
+    return float((stats.rankdata(scores)[truth].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def _interval(scores: Array, truth: Any, group: Any) -> tuple[float, float]:
+    """95% percentile interval over bootstrap samples of groups."""
+    names, of = np.unique(group, return_inverse=True)
+    members = [np.flatnonzero(of == i) for i in range(len(names))]
+    rng = np.random.default_rng(0)
+    drawn: list[float] = []
+    for _ in range(RESAMPLES):
+        some = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
+        drawn.append(_auroc(scores[some], truth[some]))
+    finite = np.array(drawn)[np.isfinite(drawn)]
+    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+    return float(low), float(high)

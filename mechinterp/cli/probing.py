@@ -1,0 +1,283 @@
+"""mechinterp probe-representations, probe-linguistic, probe-concepts, steer: what is represented where."""
+
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mechinterp as mi
+from mechinterp.cli.causal import BatchSize
+from mechinterp.cli.study import (
+    PROVENANCE,
+    Adapter,
+    Debug,
+    Device,
+    Dtype,
+    ModelArgument,
+    Out,
+    Seed,
+    check_out,
+    reported,
+    study,
+)
+from mechinterp.errors import ExamplesError, NeedsError
+
+
+class Pooling(StrEnum):
+    mean = "mean"
+    last = "last"
+
+
+class Method(StrEnum):
+    mean_difference = "mean-difference"
+    logistic = "logistic"
+    pca = "pca"
+
+
+class Where(StrEnum):
+    end = "end"
+    all = "all"
+    token = "token"
+
+
+Sites = Annotated[
+    list[str] | None,
+    typer.Option("--site", help="Such as resid_post or mlp_out.5; repeat. By default the residual stream, everywhere."),
+]
+At = Annotated[
+    Where, typer.Option("--at", help="The last token, the whole text but its first token, or each token but that.")
+]
+Pool = Annotated[Pooling, typer.Option("--pool", help="Of several tokens their mean, or the last.")]
+Folds = Annotated[int, typer.Option("--folds", min=2, help="Of the cross-validation.")]
+Permutations = Annotated[
+    int, typer.Option("--permutations", min=0, help="Fits on shuffled labels for a p-value; 0 for none.")
+]
+TextField = Annotated[str, typer.Option("--text-field")]
+LabelField = Annotated[str, typer.Option("--label-field", help="Of a class, or with --numbers of a number.")]
+GroupField = Annotated[
+    str | None, typer.Option("--group-field", help="Texts of one group are never on both sides of a fold.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many texts.")]
+
+
+def probe_representations(
+    model: ModelArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Labelled texts: .csv, .tsv, .json or .jsonl.")],
+    site: Sites = None,
+    at: At = Where.end,
+    pool: Pool = Pooling.mean,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    group_field: GroupField = None,
+    numbers: Annotated[bool, typer.Option("--numbers", help="Labels are numbers: ridge regression.")] = False,
+    folds: Folds = 5,
+    c: Annotated[float, typer.Option("--c", help="Inverse strength of the penalty, as in scikit-learn.")] = 1.0,
+    permutations: Permutations = 0,
+    mdl: Annotated[bool, typer.Option("--mdl", help="Description lengths, too.")] = False,
+    transfer: Annotated[
+        Path | None, typer.Option("--transfer", metavar="FILE", help="A second set of texts to read with the probes.")
+    ] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-probe"),
+    debug: Debug = False,
+) -> None:
+    """Linear probes of a label at every site, held out, beside the majority and a control task."""
+    with reported(debug):
+        check_out(out)
+        examples, groups = _labelled(file, text_field, label_field, group_field, numbers, limit)
+        asked = mi.Probe(
+            None if site is None else tuple(site), folds=folds, groups=groups, c=c, permutations=permutations,
+            mdl=mdl and not numbers, **_units(at, pool),
+        )  # fmt: skip
+        other = None if transfer is None else _labelled(transfer, text_field, label_field, group_field, numbers, limit)
+        title = f"Probes of {label_field}: {file.name} in {Path(model).name}"
+        loaded, (found,) = study(
+            (model, adapter, dtype, device), examples, [asked], out, title, seed, str(file), batch_size
+        )  # fmt: skip
+        if other is not None:
+            moved = mi.run(loaded, other[0], mi.ProbeTransfer(found, groups=other[1]), seed=seed)
+            typer.echo(f"\n{transfer}: what the probes read there\n{moved.table().to_string(index=False)}")
+            path = moved.save(out.with_name(f"{out.name}-transfer"))
+            typer.echo(f"result: {path}")
+
+
+def probe_linguistic(
+    model: ModelArgument,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]", help="Labelled words: .conllu, .tsv or .jsonl; else sentences of our own.",
+            show_default=False,
+        ),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Such as pos, depth, number, tense; repeat. By default all.")
+    ] = None,
+    site: Sites = None,
+    pool: Pool = Pooling.last,
+    folds: Folds = 5,
+    permutations: Permutations = 0,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Sentences.")] = 400,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-linguistic"),
+    debug: Debug = False,
+) -> None:
+    """What words' vectors tell of grammar: part of speech, depth in the tree, number, tense; one pass for all."""
+    with reported(debug):
+        check_out(out)
+        data = mi.tasks.sentences(limit, seed=seed) if file is None else mi.tasks.read_words(file)
+        known = data.tasks
+        chosen = task or list(known)
+        if odd := [name for name in chosen if name not in known]:
+            raise ExamplesError(f"{file or 'our sentences'} has no labels for {odd[0]!r}; it has {', '.join(known)}")
+        sites = None if site is None else tuple(site)
+        asked: list[Any] = []
+        for name in chosen:
+            labels = data.labels(name)
+            per_word = isinstance(labels[0], tuple)
+            units: dict[str, Any] = {"each": "word", "pool": pool.value} if per_word else {}
+            asked.append(mi.Probe(sites, labels=labels, folds=folds, permutations=permutations, **units))
+        source = f"mi.tasks.sentences({limit}, seed={seed})" if file is None else str(file)
+        title = f"Linguistic probes in {Path(model).name}: {', '.join(chosen)}"
+        study(
+            (model, adapter, dtype, device), data.examples, asked, out, title, seed, source, batch_size, names=chosen
+        )  # fmt: skip
+
+
+def probe_concepts(
+    model: ModelArgument,
+    concept: Annotated[
+        list[str] | None, typer.Option("--concept", help="Of those that are shipped; repeat. By default sentiment.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Texts of your own, with a label and perhaps a group.")
+    ] = None,
+    method: Annotated[Method, typer.Option("--method", help="How directions are found.")] = Method.mean_difference,
+    site: Sites = None,
+    at: At = Where.end,
+    pool: Pool = Pooling.mean,
+    folds: Annotated[int, typer.Option("--folds", min=3, help="One is set apart, to test on.")] = 5,
+    text_field: TextField = "text",
+    label_field: LabelField = "label",
+    group_field: GroupField = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-concepts"),
+    debug: Debug = False,
+) -> None:
+    """Directions of named concepts: where they are told apart, on texts that were set apart, and saved as probes."""
+    if file is not None and concept:
+        raise typer.BadParameter("give --concept or --file, and not both")
+    with reported(debug):
+        check_out(out)
+        sites = None if site is None else tuple(site)
+        sets: list[tuple[str, Any, Any]] = []
+        if file is not None:
+            examples, groups = _labelled(file, text_field, label_field, group_field, False, None)
+            sets.append((file.stem, examples, groups))
+        for name in concept or ([] if file else ["sentiment"]):
+            one = mi.tasks.concepts(name)
+            sets.append((name, one.examples, one.groups))
+        for name, examples, groups in sets:
+            asked: list[Any] = [
+                mi.ConceptDirections(method.value, sites, groups=groups, folds=folds, **_units(at, pool)),
+                mi.Probe(sites, groups=groups, folds=folds, **_units(at, pool)),
+            ]
+            to = out if len(sets) == 1 else out / name
+            _, found = study(
+                (model, adapter, dtype, device), examples, asked, to, f"Concept {name} in {Path(model).name}", seed,
+                f"mi.tasks.concepts({name!r})" if file is None else str(file), batch_size,
+            )  # fmt: skip
+            probe = mi.LinearProbe.of(found[0])
+            typer.echo(f"direction: {probe.save(to / 'direction.safetensors')} ({probe.site})")
+
+
+def steer(
+    model: ModelArgument,
+    direction: Annotated[Path, typer.Argument(metavar="DIRECTION", help="What probe-concepts saved.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Go on from here; repeat.")] = None,
+    strength: Annotated[list[float] | None, typer.Option("--strength", help="In activation units; repeat.")] = None,
+    name: Annotated[str | None, typer.Option("--class", help="Whose direction; the last class by default.")] = None,
+    word: Annotated[list[str] | None, typer.Option("--word", help="Whose share is counted, such as ' good'.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="New tokens of each text.")] = 30,
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-steer"),
+    debug: Debug = False,
+) -> None:
+    """Write with a direction added, with a random one of equal norm, and with none; and read it again without."""
+    with reported(debug):
+        from mechinterp.report.study import write_study
+
+        check_out(out)
+        probe = mi.LinearProbe.load(direction)
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
+        if probe.weight.shape[1] != loaded.dims.d_model:
+            raise NeedsError(
+                f"{direction} has {probe.weight.shape[1]} dimensions and {loaded.name} has {loaded.dims.d_model}; give"
+                " one that was fitted on this model"
+            )
+        typer.echo(f"{loaded}\n{probe}\n")
+        result = mi.studies.steered_text(
+            loaded, probe, prompt or ["I think that", "The weather today"], name=name,
+            strengths=tuple(strength or (-8.0, 8.0)), words=tuple(word or ()), max_new_tokens=tokens, seed=seed,
+            progress=True, pad_token_id=0,
+        )  # fmt: skip
+        for row in result.table("text").to_dict("records"):
+            if row["strength"] or row["direction"] != "random":
+                typer.echo(f"{row['direction']} {row['strength']:+g}: {' '.join(str(row['text']).split())}")
+        typer.echo(f"\n{result.table('mean').to_string(index=False)}")
+        about = {**{k: result.meta[k] for k in PROVENANCE if k in result.meta}, "command": shlex.join(["mechinterp", *sys.argv[1:]])}
+        title = f"Steering {loaded.name} at {probe.site}"
+        typer.echo(f"\nreport: {write_study(out, title, [result], plan='', manifest=about)}")
+
+
+def _units(at: Where, pool: Pooling) -> dict[str, Any]:
+    return {"each": "token"} if at is Where.token else {"positions": at.value, "pool": pool.value}
+
+
+def _labelled(
+    file: Path, text: str, label: str, group: str | None, numbers: bool, limit: int | None
+) -> tuple["mi.Examples", tuple[Any, ...] | None]:
+    """Texts with labels, and groups where a field says so. A row without a label is kept, and counted later."""
+    from mechinterp.studies.labelled import file_rows
+
+    rows = file_rows(file)[:limit]
+    for name in (text, label, *([] if group is None else [group])):
+        if name not in rows[0]:
+            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
+    labels: list[Any] = []
+    for i, row in enumerate(rows, 1):
+        if not str(row.get(text) or "").strip():
+            raise ExamplesError(f"row {i} of {file} has no {text!r}; correct it, or leave it out")
+        value = row.get(label)
+        if value is None or not str(value).strip():
+            labels.append(None)
+        elif not numbers:
+            labels.append(str(value))
+        else:
+            try:
+                labels.append(float(value))
+            except ValueError:
+                raise ExamplesError(
+                    f"row {i} of {file} has the {label!r} {value!r}, which is no number; leave --numbers out"
+                ) from None
+    examples = mi.Examples.of([str(row[text]) for row in rows], labels=labels)
+    return examples, None if group is None else tuple(str(row.get(group)) for row in rows)

@@ -1,0 +1,206 @@
+"""Concept directions and steering: what is planted is found and moves what it should; what is not there is not."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import mechinterp as mi
+from mechinterp import sites
+from mechinterp.analyzers.concept_directions import ConceptDirections
+from mechinterp.analyzers.probe_data import Probed
+from mechinterp.core.tokens import Tokens
+from mechinterp.errors import ExamplesError, NeedsError
+from mechinterp.testing import check_analyzer, tiny
+
+WORDS = ["Mary", "John", "Tom", "Paul", "store", "park", "school", "office", "drink", "book", "ring", "kiss"]
+METHODS: list[Any] = ["mean-difference", "logistic", "pca"]
+
+
+def texts(n: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, 8)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method: Any) -> None:
+    analyzer = ConceptDirections(method, sites.resid_post((0, 2)), folds=3)
+    examples = mi.Examples.of(texts(18), labels=["yes", "no", "maybe"] * 6)
+    check_analyzer(analyzer, examples, models=[tiny("qwen2")])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_planted_direction_is_recovered(method: Any) -> None:
+    """Added to the residual stream of half of the texts, at layer 1: found there and after it, and not before."""
+    model = tiny("llama", layers=3)
+    planted = torch.randn(32, generator=torch.Generator().manual_seed(3))
+    planted = planted / planted.norm()
+    labels = np.random.default_rng(1).permutation(["no", "yes"] * 150)
+    size = float(model.trace(texts(20), "resid_post.1")["resid_post.1"].std()) * 32**0.5
+    values = torch.tensor(labels == "yes").float()[:, None, None] * planted * (4.0 if method == "pca" else 1.0) * size
+    given = mi.Examples.of(texts(300), labels=labels.tolist())
+    with model.intervene(mi.Add(sites.resid_post(1), values)):
+        result = mi.run(model, given, ConceptDirections(method, positions="all", pool="mean"))
+    probe = mi.LinearProbe.of(result, "resid_pre.2")
+    cosine = float(probe.direction("yes") @ planted)
+    assert cosine > (0.98 if method != "logistic" else 0.7), cosine  # a logistic weight is turned by the covariance
+    data = result.data.sel(**{"class": "yes"})
+    assert float(data["test_auroc"].sel(site="resid_pre.2")) > 0.95 and float(data["q"].sel(site="resid_pre.2")) < 1e-6
+    assert float(data["test_auroc"].sel(site="resid_pre.0")) < 0.75
+    assert float(data["coherence"].sel(site="resid_pre.2")) > 0.5 > float(data["coherence"].sel(site="resid_pre.0"))
+    assert result.meta["chosen"] in ("resid_pre.2", "resid_post.2")
+    assert result.meta["set_apart"] == 60
+
+
+def test_pairs_take_away_what_they_share() -> None:
+    """Every group is a yes and a no of one text, which varies far more than the concept does."""
+    rng = np.random.default_rng(0)
+    shared = rng.standard_normal((60, 16)) * np.r_[20.0, np.ones(15)]
+    concept = np.eye(16)[3]
+    x = torch.from_numpy(np.concatenate([shared + concept, shared - concept]) + 0.1 * rng.standard_normal((120, 16)))
+    data = drawn(np.array(["b"] * 60 + ["a"] * 60), groups=tuple(range(60)) * 2)
+    found = ConceptDirections("pca")._site(x.float(), data)
+    weight = found["weight"][1] / np.linalg.norm(found["weight"][1])
+    assert weight @ concept > 0.98
+    apart = ConceptDirections("pca")._site(x.float(), drawn(np.array(["b"] * 60 + ["a"] * 60)))
+    assert abs(apart["weight"][1] @ concept) / np.linalg.norm(apart["weight"][1]) < 0.3
+
+
+def drawn(y: Any, groups: Any = None, folds: int = 5, seed: int = 0) -> Probed:
+    n = len(y)
+    tokens = Tokens(tuple((i,) for i in range(n)), labels=tuple(y.tolist()))
+    return Probed.of(
+        tokens, np.arange(n), np.stack([np.zeros(n, int), np.ones(n, int)], 1), None, groups, folds, seed, False
+    )
+
+
+def test_p_is_uniform_where_there_is_nothing() -> None:
+    found = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        x = torch.from_numpy(rng.standard_normal((100, 8))).float()
+        one = ConceptDirections(folds=3)._site(x, drawn(rng.permutation(["a", "b"] * 50), folds=3, seed=seed))
+        found.append(float(one["p"][0]))
+        assert one["auroc"][0] == one["auroc"][1] and np.allclose(one["weight"][0], -one["weight"][1])
+    assert stats.kstest(found, "uniform").pvalue > 0.01
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(NeedsError, match="must have one of the methods"):
+        ConceptDirections("svm")  # type: ignore[arg-type]
+    with pytest.raises(NeedsError, match="three folds or more"):
+        ConceptDirections(folds=2)
+    with pytest.raises(ExamplesError, match="these labels are numbers"):
+        mi.run(tiny("llama"), mi.Examples.of(texts(9), labels=list(map(float, range(9)))), ConceptDirections(folds=3))
+
+
+def probe_of(model: mi.Model, layer: int = 1, seed: int = 0) -> mi.LinearProbe:
+    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
+    return mi.LinearProbe(mi.Site("resid_post", layer), ("no", "yes"), torch.cat([-weight, weight]), torch.zeros(2))
+
+
+def prompts() -> mi.Examples:
+    return mi.Examples.of(texts(8, seed=4), answers=[([" Mary", " John"], [" Tom", " Paul"])] * 8)
+
+
+def test_steering_keeps_the_contract() -> None:
+    model = tiny("qwen3")
+    check_analyzer(mi.Steering(probe_of(model), strengths=(-1.0, 2.0), draws=2), prompts(), models=[model])
+
+
+def test_steering_is_what_interventions_do() -> None:
+    model, given = tiny("qwen2"), prompts()
+    probe = probe_of(model)
+    data = mi.run(model, given, mi.Steering(probe, strengths=(-1.5, 3.0), draws=2, seed=5)).data
+    tokens = given.tokenize(model.tokenizer)
+
+    def odds_and_loss(i: int) -> tuple[float, float]:
+        with torch.no_grad():
+            logits = model.hf(torch.tensor([tokens.ids[i]])).logits[0]
+        right, wrong = (logits[-1, list(side)].logsumexp(0) for side in (tokens.answers or ())[i])
+        loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(tokens.ids[i][1:]))
+        return float(right - wrong), float(loss)
+
+    before = [odds_and_loss(i) for i in range(8)]
+    with model.intervene(probe.steer("yes", 3.0)):
+        after = [odds_and_loss(i) for i in range(8)]
+    change = np.array(after) - np.array(before)
+    np.testing.assert_allclose(data["effect"].sel(strength=3.0), change[:, 0], atol=1e-4)
+    assert float(data["cost"].sel(strength=3.0)) == pytest.approx(np.exp(change[:, 1].mean()), rel=1e-4)
+    with model.intervene(probe.ablate()):
+        gone = np.array([odds_and_loss(i) for i in range(8)]) - np.array(before)
+    assert float(data["ablation"].sel(measure="effect")) == pytest.approx(gone[:, 0].mean(), abs=1e-4)
+    draw = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))[1]
+    with model.intervene(mi.Steer(sites.resid_post(1), draw, -1.5)):
+        other = np.array([odds_and_loss(i) for i in range(8)]) - np.array(before)
+    assert float(data["control"].sel(strength=-1.5)[1]) == pytest.approx(other[:, 0].mean(), abs=1e-4)
+
+
+def test_the_direction_of_the_answers_moves_them() -> None:
+    """After the last layer, the unembedding of an answer is the direction that raises it, and random ones are not."""
+    model = tiny("llama")
+    rows = model.W_U.detach().float()
+    ids = [model.tokenize([w]).ids[0][0] for w in (" Mary", " John", " Tom", " Paul")]
+    line = rows[ids[0]] + rows[ids[1]] - rows[ids[2]] - rows[ids[3]]
+    probe = mi.LinearProbe(mi.Site("resid_post", 2), ("no", "yes"), torch.stack([-line, line]), torch.zeros(2))
+    data = mi.run(model, prompts(), mi.Steering(probe, strengths=(20.0,))).data
+    assert float(data["mean"][0]) > 3 * float(data["control"].max()) and float(data["q"][0]) < 0.05
+    assert float(data["ci_low"][0]) > 0
+
+
+def test_bad_steering() -> None:
+    model = tiny("llama")
+    with pytest.raises(NeedsError, match="each once, and not 0"):
+        mi.Steering(probe_of(model), strengths=(0.0, 1.0))
+    with pytest.raises(NeedsError, match="at least one random direction"):
+        mi.Steering(probe_of(model), draws=0)
+    wide = mi.LinearProbe(mi.Site("resid_post", 1), ("a", "b"), torch.ones(2, 7), torch.zeros(2))
+    with pytest.raises(NeedsError, match="has 7 dimensions and tiny-llama has 32"):
+        mi.run(model, prompts(), mi.Steering(wide))
+
+
+def test_steered_text(tmp_path: Path) -> None:
+    model = tiny("llama")
+    rows = model.W_U.detach().float()
+    mary = model.tokenize([" Mary"]).ids[0][0]
+    line = rows[mary] - rows.mean(0)
+    probe = mi.LinearProbe(mi.Site("resid_post", 2), ("no", "yes"), torch.stack([-line, line]), torch.zeros(2))
+    given = ["Then Tom went to the", "John had a"]
+    result = mi.studies.steered_text(
+        model, probe, given, strengths=(200.0,), words=[" Mary"], max_new_tokens=6, pad_token_id=0
+    )
+    data = mi.Result.load(result.save(tmp_path / "r")).data
+    assert data.sizes["prompt"] == 2 and list(data["strength"].values) == [0.0, 200.0]
+    plain = str(model.generate(given[0], max_new_tokens=6, pad_token_id=0))
+    assert str(data["text"].sel(direction="yes", strength=0.0)[0].item()) == plain
+    words = data["words"].mean("prompt")
+    assert float(words.sel(direction="yes", strength=200.0)) == 1.0
+    assert float(words.sel(direction="random", strength=200.0)) < 1.0
+    perplexity = data["perplexity"].mean("prompt")
+    assert float(perplexity.sel(direction="yes", strength=200.0)) > float(perplexity.sel(direction="yes", strength=0.0))
+    with pytest.raises(ExamplesError, match="no prompt to go on from"):
+        mi.studies.steered_text(model, probe, [])
+    with pytest.raises(NeedsError, match="not 0, which is always there"):
+        mi.studies.steered_text(model, probe, given, strengths=(0.0,))
+
+
+def test_groups_along_a_direction() -> None:
+    """Texts of one group get the direction added; the test says which group, how far, and nothing of the others."""
+    model = tiny("qwen3")
+    check_analyzer(
+        mi.ConceptAssociation(probe_of(model)), mi.Examples.of(texts(12), labels=["a", "b", "c"] * 4), models=[model]
+    )
+    probe = probe_of(model)
+    given = mi.Examples.of(texts(90), labels=["cook", "pilot", "smith"] * 30)
+    values = torch.tensor([1.0, 0.0, 0.0] * 30)[:, None, None] * probe.direction("yes") * 5.0
+    with model.intervene(mi.Add(sites.resid_post(1), values)):
+        data = mi.run(model, given, mi.ConceptAssociation(probe)).data
+    plain = mi.run(model, given, mi.ConceptAssociation(probe)).data
+    moved = float(data["score"].sel(group="cook") - plain["score"].sel(group="cook"))
+    assert moved == pytest.approx(5.0, abs=1e-3)
+    assert float(data["q"].sel(group="cook")) < 0.01 and float(plain["q"].min()) > 0.01
+    with pytest.raises(ExamplesError, match="compares two groups or more"):
+        mi.run(model, mi.Examples.of(texts(8), labels=["a"] * 8), mi.ConceptAssociation(probe))
