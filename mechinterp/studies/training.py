@@ -2,9 +2,9 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,11 @@ def train(
     Returns:
         The loss of every step, and that of the examples held out after every epoch.
     """
-    parameters = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=0.0)
+    state = _State.of(model, training, folder, key)
     steps = list(_batches(n, training))
     ends = set(np.cumsum([-(-n // training.batch_size)] * training.epochs).tolist())
-    best: dict[str, Tensor] = {}
-    held: list[float] = []
-    losses = _resume(folder, key, parameters, optimizer, best, held)
+    state.resume()
+    losses, held = state.losses, state.held
     if losses:
         say(f"going on after step {len(losses)} of {len(steps)}")
     rising = max(1, round(WARM_UP * len(steps)))
@@ -118,33 +116,25 @@ def train(
             bar.start("training: steps", len(steps) - len(losses))
         for step in range(len(losses), len(steps)):
             rate = min((step + 1) / rising, (len(steps) - step) / max(1, len(steps) - rising))
-            optimizer.param_groups[0]["lr"] = training.learning_rate * rate
             if _done(held, patience):
                 break
-            loss = loss_of(steps[step])
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters.values(), LARGEST_GRADIENT)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(state.step(loss_of(steps[step]), training.learning_rate * rate))
             if not np.isfinite(losses[-1]):
                 raise ModelError(
                     f"the loss of step {step} is {losses[-1]}; lower the learning rate, {training.learning_rate:g}"
                 )
             if check is not None and step + 1 in ends:
-                held.append(check())
-                if held[-1] == min(held):
-                    best = {name: p.detach().clone() for name, p in parameters.items()}
+                state.judge(check())
             if (step + 1) % KEEP_EVERY == 0 or step + 1 in ends:
-                _keep(folder, key, parameters, optimizer, best, losses, held)
+                state.keep()
                 recent = float(np.mean(losses[-KEEP_EVERY:]))
                 more = f", held out {held[-1]:.3f}" if held else ""
                 say(f"step {step + 1} of {len(steps)}, loss {recent:.3f}{more}")
             if bar is not None:
                 bar.advance("step", 1)
     with torch.no_grad():
-        for name, value in best.items():
-            parameters[name].copy_(value)
+        for name, value in state.best.items():
+            state.parameters[name].copy_(value)
     return losses, held
 
 
@@ -161,59 +151,83 @@ def _batches(n: int, training: Training) -> Iterator[list[int]]:
             yield order[start : start + training.batch_size]
 
 
-def _keep(
-    folder: Path,
-    key: str,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    best: Mapping[str, Tensor],
-    losses: Sequence[float],
-    held: Sequence[float],
-) -> None:
-    """What is trained, the optimizer's moments and the best so far, to go on from."""
-    tensors = {f"{name}|weight": p.detach().cpu().contiguous() for name, p in parameters.items()}
-    for name, p in parameters.items():
-        tensors |= {f"{name}|{what}": value.cpu().contiguous() for what, value in optimizer.state[p].items()}
-    tensors |= {f"{name}|best": value.cpu().contiguous() for name, value in best.items()}
-    about = {"key": key, "loss": json.dumps(list(losses)), "held": json.dumps(list(held))}
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f"{STATE}.new"
-        safetensors.torch.save_file(tensors, scratch, about)
-        scratch.replace(folder / STATE)
+@dataclass
+class _State:
+    """Where a training is, and where that is kept.
 
-
-def _resume(
-    folder: Path,
-    key: str,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    best: dict[str, Tensor],
-    held: list[float],
-) -> list[float]:
-    """Put back what was kept; the losses so far.
-
-    Raises:
-        OutputError: it is of another training, or damaged.
+    Attributes:
+        parameters: what is trained, by name.
+        best: the same as it was after the best epoch.
+        losses: of every step so far.
+        held: on the examples held out, of every epoch so far.
     """
-    file = folder / STATE
-    if not file.is_file():
-        return []
-    try:
-        with safetensors.safe_open(file, "pt") as kept:
-            about = kept.metadata() or {}
-            tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
-        losses = [float(loss) for loss in json.loads(about["loss"])]
-        held += [float(loss) for loss in json.loads(about.get("held", "[]"))]
-    except Exception as error:
-        raise OutputError(f"{file} cannot be read ({type(error).__name__}: {error}); delete {folder}") from error
-    if about.get("key") != key:
-        raise OutputError(f"{folder} is the beginning of another training; delete it, or choose another folder")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(tensors[f"{name}|weight"])
-            moments = {part: tensors[f"{name}|{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
-            if f"{name}|best" in tensors:
-                best[name] = tensors[f"{name}|best"].to(p.device)
-            optimizer.state[p] = {part: t if part == "step" else t.to(p.device) for part, t in moments.items()}
-    return losses
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    folder: Path
+    key: str
+    best: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    held: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Model, training: Training, folder: Path, key: str) -> "_State":
+        parameters = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=0.0)
+        return cls(parameters, optimizer, folder, key)
+
+    def step(self, loss: Tensor, rate: float) -> float:
+        """One step down the loss, which is returned."""
+        self.optimizer.param_groups[0]["lr"] = rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), LARGEST_GRADIENT)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    def judge(self, loss: float) -> None:
+        """Take in an epoch's loss on the examples held out."""
+        self.held.append(loss)
+        if loss == min(self.held):
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def keep(self) -> None:
+        """Write what is trained, the optimizer's moments and the best so far, to go on from."""
+        tensors = {f"{name}|weight": p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            moments = self.optimizer.state[p].items()
+            tensors |= {f"{name}|{what}": value.cpu().contiguous() for what, value in moments}
+        tensors |= {f"{name}|best": value.cpu().contiguous() for name, value in self.best.items()}
+        about = {"key": self.key, "loss": json.dumps(self.losses), "held": json.dumps(self.held)}
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            scratch = self.folder / f"{STATE}.new"
+            safetensors.torch.save_file(tensors, scratch, about)
+            scratch.replace(self.folder / STATE)
+
+    def resume(self) -> None:
+        """Put back what was kept, if anything was.
+
+        Raises:
+            OutputError: it is of another training, or damaged.
+        """
+        file = self.folder / STATE
+        if not file.is_file():
+            return
+        try:
+            with safetensors.safe_open(file, "pt") as kept:
+                about = kept.metadata() or {}
+                tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+            losses, held = (list(map(float, json.loads(about[name]))) for name in ("loss", "held"))
+        except Exception as error:
+            raise OutputError(f"{file} cannot be read ({type(error).__name__}: {error}); delete {self.folder}") from error
+        if about.get("key") != self.key:
+            raise OutputError(f"{self.folder} is the beginning of another training; delete it, or choose another folder")
+        self.losses, self.held = losses, held
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"{name}|weight"])
+                moments = {part: tensors[f"{name}|{part}"] for part in ("step", "exp_avg", "exp_avg_sq")}
+                if f"{name}|best" in tensors:
+                    self.best[name] = tensors[f"{name}|best"].to(p.device)
+                self.optimizer.state[p] = {part: t if part == "step" else t.to(p.device) for part, t in moments.items()}
