@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import mechinterp as mi
-from benchmarks.sweep_memory import status
+from benchmarks.sweep_memory import peak_of
 from benchmarks.timing import arguments, compare, environment, interleave, report
 from mechinterp.studies import Training
 from mechinterp.tasks.histories import PLANTED, WORDS
@@ -85,9 +85,7 @@ def peak(way: str, n: int) -> float:
     ids = text(model, n)
     do = trajectory if way == "trajectory" else forward
     do(model, ids[:16])
-    before = status("VmRSS")
-    do(model, ids)
-    return round((status("VmHWM") - before) / 1e6, 1)
+    return round(peak_of(lambda: do(model, ids)) / 1e6, 1)
 
 
 def warned(seed: int, plant: bool) -> list[str]:

@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import mechinterp as mi
-from benchmarks.sweep_memory import status
+from benchmarks.sweep_memory import peak_of
 from benchmarks.timing import arguments, compare, environment, interleave, report
 from mechinterp.analyzers.fitting import logistic
 from mechinterp.analyzers.probe_data import Probed
@@ -153,9 +153,7 @@ def peak(n: int) -> float:
     """MB above the model's."""
     model, examples = mi.Model.load("smollm2"), prompts(n)
     mi.run(model, prompts(8), Collected(control=False), batch_size=BATCH)
-    before = status("VmRSS")
-    mi.run(model, examples, Collected(control=False), batch_size=BATCH)
-    return round((status("VmHWM") - before) / 1e6, 1)
+    return round(peak_of(lambda: mi.run(model, examples, Collected(control=False), batch_size=BATCH)) / 1e6, 1)
 
 
 if __name__ == "__main__":

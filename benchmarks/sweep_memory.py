@@ -7,7 +7,9 @@ budget is measured in a process of its own, which has loaded the model and swept
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,9 +53,14 @@ def peak(megabytes: int) -> int:
     n = model.dims.n_layers
     sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(range(n - LAYERS, n)), positions="each")
     sweep_packed(model, batch.take([0]), sweep, budget=megabytes << 20)
+    return peak_of(lambda: sweep_packed(model, batch, sweep, budget=megabytes << 20))
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Bytes above what the process holds now, at the worst moment of some work; what came before does not count."""
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    sweep_packed(model, batch, sweep, budget=megabytes << 20)
+    work()
     return status("VmHWM") - before
 
 
