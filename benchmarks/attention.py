@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import mechinterp as mi
-from benchmarks.sweep_memory import status
-from benchmarks.timing import Line, arguments, compare, environment, interleave, report
+from benchmarks.timing import Line, arguments, compare, environment, interleave, peak_of, report, status
 
 SAMPLES, TOKENS, BATCH, LONG = 30, 512, 5, 8000
 TIME, MEMORY, LONG_MB = 1.0, 0.2, 2500
@@ -105,19 +104,15 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
 def child(kind: str, tokens: str) -> None:
     """One batch in this process; prints what it took as JSON."""
     import time
-    from pathlib import Path
-
     model = load(kind)
     way = theirs if kind == "eager" else ours
     way(model, work(model, 1, 64))
     examples = work(model, 1 if kind == "long" else BATCH, int(tokens))
-    before = status("VmRSS")
-    if kind != "long":  # there the peak counts from the start of the process, loading included
-        Path("/proc/self/clear_refs").write_text("5")
+    most = status("VmHWM")  # for the long text the peak counts from the start of the process, loading included
     started = time.perf_counter()
-    way(model, examples)
-    peak, seconds = status("VmHWM"), time.perf_counter() - started
-    print(json.dumps({"rise": (peak - before) / 1e6, "peak": peak / 1e6, "seconds": seconds, "tokens": int(tokens)}))
+    rise = peak_of(lambda: way(model, examples))
+    seconds, most = time.perf_counter() - started, max(most, status("VmHWM"))
+    print(json.dumps({"rise": rise / 1e6, "peak": most / 1e6, "seconds": seconds, "tokens": int(tokens)}))
 
 
 if __name__ == "__main__":

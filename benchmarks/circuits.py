@@ -31,8 +31,7 @@ from torch import Tensor
 
 import mechinterp as mi
 from benchmarks.sweep import second_names
-from benchmarks.sweep_memory import status
-from benchmarks.timing import Line, arguments, compare, environment, interleave, report
+from benchmarks.timing import Line, arguments, compare, environment, interleave, peak_of, report
 from mechinterp.core.graph import Graph
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.engine.edges import EdgeRuns, run_circuits
@@ -253,8 +252,6 @@ def memory(n: int) -> list[Line]:
 
 def peak(what: str, n: int) -> int:
     """Bytes above what the process held before, at the worst moment."""
-    from pathlib import Path
-
     model = load()
     tokens = model.tokenize(second_names(n))
     ways: dict[str, Callable[[int], Any]] = {
@@ -263,10 +260,7 @@ def peak(what: str, n: int) -> int:
         "eap-ig-inputs": lambda n: mi.run(model, second_names(n), mi.EdgeAttribution("eap-ig-inputs")),
     }
     ways[what](1)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    ways[what](n)
-    return status("VmHWM") - before
+    return peak_of(lambda: ways[what](n))
 
 
 def planted(n: int) -> pd.DataFrame:

@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 import mechinterp as mi
-from benchmarks.sweep_memory import peak_of
-from benchmarks.timing import arguments, compare, environment, interleave, report
+from benchmarks.timing import arguments, compare, environment, interleave, peak_of, report
 from mechinterp.studies import Training
 from mechinterp.tasks.histories import PLANTED, WORDS
 

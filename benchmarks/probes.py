@@ -20,8 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 import mechinterp as mi
-from benchmarks.sweep_memory import peak_of
-from benchmarks.timing import arguments, compare, environment, interleave, report
+from benchmarks.timing import arguments, compare, environment, interleave, peak_of, report
 from mechinterp.analyzers.fitting import logistic
 from mechinterp.analyzers.probe_data import Probed
 from mechinterp.analyzers.units import features

@@ -13,17 +13,15 @@ memory, without the allocator's holes. The last, for scale, is transformers' eag
 pass holds whole patterns, one layer at a time, without anybody reading them.
 """
 
-import ctypes
 import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import Line, arguments, environment, report
+from benchmarks.timing import Line, arguments, environment, peak_of, report
 
 TOKENS = 2048
 LIMIT = 0.5
@@ -84,21 +82,10 @@ def child(kind: str) -> None:
         mass = Reduce(role_mass, "example role head")
         reads += [Read(mi.Site("pattern", layer), reduce=mass) for layer in layers]
     model.trace(ids[:64], reads)
-    if sys.platform != "linux":
-        sys.exit("this benchmark needs Linux: it resets and reads the kernel's high-water mark of memory")
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    start = _status("VmRSS")
-    model.trace(ids, reads)
+    rise = peak_of(lambda: model.trace(ids, reads)) / 1e6
     megabytes = model.dims.n_heads * TOKENS**2 * 4 / 1e6
     facts = {"threads": torch.get_num_threads(), "kernel": model.kernel if kind != "eager" else "sdpa"}
-    print(json.dumps({"rise": _status("VmHWM") - start, "layer": megabytes, "facts": facts}))
-
-
-def _status(field: str) -> float:
-    """A line of /proc/self/status, in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+    print(json.dumps({"rise": rise, "layer": megabytes, "facts": facts}))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ budget is measured in a process of its own, which has loaded the model and swept
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
 import mechinterp as mi
-from benchmarks.timing import Line, arguments, environment, report
+from benchmarks.timing import Line, arguments, environment, peak_of, report
 from mechinterp.engine.packed import sweep_packed
 
 BUDGETS = (128, 256, 512, 1024, 2048)
@@ -35,12 +32,6 @@ def main() -> None:
     report("Peak memory of a sweep above the model's", lines, environment(model="smollm2"), options.json)
 
 
-def status(name: str) -> int:
-    """Bytes that the system counts for this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def peak(megabytes: int) -> int:
     """Bytes above what the process held before, at the worst moment of the sweep."""
     model = mi.Model.load("smollm2")
@@ -54,14 +45,6 @@ def peak(megabytes: int) -> int:
     sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(range(n - LAYERS, n)), positions="each")
     sweep_packed(model, batch.take([0]), sweep, budget=megabytes << 20)
     return peak_of(lambda: sweep_packed(model, batch, sweep, budget=megabytes << 20))
-
-
-def peak_of(work: Callable[[], Any]) -> int:
-    """Bytes above what the process holds now, at the worst moment of some work; what came before does not count."""
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    work()
-    return status("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the benchmarks share: interleaved timing, medians of paired ratios, one table, one JSON file."""
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -63,6 +65,27 @@ def compare(work: str, ours: list[float], beside: str, theirs: list[float], limi
     return Line(
         work, statistics.median(ours), beside, statistics.median(theirs), statistics.median(ratios), limit=limit
     )
+
+
+def peak_of(work: Callable[[], Any]) -> int:
+    """Bytes above what this process holds now, at the worst moment of some work.
+
+    What was freed before is given back to the system first, or the work would run in it unseen; and the
+    kernel's high-water mark is reset, or it would be that of loading the model.
+    """
+    if sys.platform != "linux":
+        sys.exit("peak memory is measured on Linux: the kernel's high-water mark is reset and read")
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+def status(name: str) -> int:
+    """Bytes that the system counts for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def environment(**facts: Any) -> dict[str, Any]:
