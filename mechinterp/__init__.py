@@ -205,9 +205,9 @@ if TYPE_CHECKING:
         Steer as Steer,
     )
     from mechinterp.core.interventions import (
-    from mechinterp.core.linear_probe import LinearProbe as LinearProbe
         Zero as Zero,
     )
+    from mechinterp.core.linear_probe import LinearProbe as LinearProbe
     from mechinterp.core.metrics import (
         Metric as Metric,
     )

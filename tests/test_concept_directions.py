@@ -28,7 +28,7 @@ def texts(n: int, seed: int = 0) -> list[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_contract(method: Any) -> None:
     analyzer = ConceptDirections(method, sites.resid_post((0, 2)), folds=3)
-    examples = mi.Examples.of(texts(18), labels=["yes", "no", "maybe"] * 6)
+    examples = mi.Examples.of(texts(18), labels=["yes", "no", "maybe"] * 6, answers=[(" Mary", " John")] * 18)
     check_analyzer(analyzer, examples, models=[tiny("qwen2")])
 
 
@@ -71,7 +71,7 @@ def test_pairs_take_away_what_they_share() -> None:
 
 def drawn(y: Any, groups: Any = None, folds: int = 5, seed: int = 0) -> Probed:
     n = len(y)
-    tokens = Tokens(tuple((i,) for i in range(n)), labels=tuple(y.tolist()))
+    tokens = Tokens(tuple((i,) for i in range(n)), None, None, {}, {}, tuple(y.tolist()))
     return Probed.of(
         tokens, np.arange(n), np.stack([np.zeros(n, int), np.ones(n, int)], 1), None, groups, folds, seed, False
     )
@@ -89,8 +89,6 @@ def test_p_is_uniform_where_there_is_nothing() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(NeedsError, match="must have one of the methods"):
-        ConceptDirections("svm")  # type: ignore[arg-type]
     with pytest.raises(NeedsError, match="three folds or more"):
         ConceptDirections(folds=2)
     with pytest.raises(ExamplesError, match="these labels are numbers"):
@@ -190,9 +188,8 @@ def test_steered_text(tmp_path: Path) -> None:
 def test_groups_along_a_direction() -> None:
     """Texts of one group get the direction added; the test says which group, how far, and nothing of the others."""
     model = tiny("qwen3")
-    check_analyzer(
-        mi.ConceptAssociation(probe_of(model)), mi.Examples.of(texts(12), labels=["a", "b", "c"] * 4), models=[model]
-    )
+    some = mi.Examples.of(texts(12), labels=["a", "b", "c"] * 4, answers=[(" Mary", " John")] * 12)
+    check_analyzer(mi.ConceptAssociation(probe_of(model)), some, models=[model])
     probe = probe_of(model)
     given = mi.Examples.of(texts(90), labels=["cook", "pilot", "smith"] * 30)
     values = torch.tensor([1.0, 0.0, 0.0] * 30)[:, None, None] * probe.direction("yes") * 5.0

@@ -16,6 +16,7 @@ from mechinterp import sites
 from mechinterp.analyzers.probe import Probe
 from mechinterp.analyzers.probe_data import Probed
 from mechinterp.core.tokens import Tokens
+from mechinterp.engine.backward import backward
 from mechinterp.errors import ExamplesError, NeedsError, OutputError
 from mechinterp.testing import check_analyzer, tiny
 
@@ -39,7 +40,7 @@ def sentences(n: int = 64, seed: int = 0) -> tuple[list[str], list[str]]:
 
 def examples(n: int = 64) -> mi.Examples:
     texts, labels = sentences(n)
-    return mi.Examples.of(texts, labels=labels)
+    return mi.Examples.of(texts, labels=labels, answers=[(" Mary", " John")] * n)
 
 
 def words() -> mi.Examples:
@@ -53,7 +54,7 @@ def words() -> mi.Examples:
             some.append((start, at := start + len(word)))
         spans.append(some)
         labels.append(["name" if w in NAMES else "noun" if w in PLACES + THINGS else "rest" for w in text.split()])
-    return mi.Examples.of(texts, labels=labels).with_category("word", spans)
+    return mi.Examples.of(texts, labels=labels, answers=[(" Mary", " John")] * 12).with_category("word", spans)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_what_is_in_the_token_is_read_and_what_is_not_is_not() -> None:
 
 def drawn(x: torch.Tensor, y: np.ndarray, folds: int = 2, seed: int = 0, of_words: bool = False) -> Probed:
     n = len(y)
-    tokens = Tokens(tuple((i,) for i in range(n)), labels=tuple(y.tolist()))
+    tokens = Tokens(tuple((i,) for i in range(n)), None, None, {}, {}, tuple(y.tolist()))
     where = np.stack([np.zeros(n, int), np.ones(n, int)], 1)
     return Probed.of(tokens, np.arange(n), where, None, None, folds, seed, of_words)
 
@@ -217,7 +218,7 @@ def test_what_is_refused() -> None:
         mi.run(model, given, Probe("pattern.0"))
     with pytest.raises(NeedsError, match="not equally wide"):
         mi.run(model, given, Probe(("resid_post.0", "mlp_act.0"), folds=2))
-    with pytest.raises(ExamplesError, match=r"the class 'two' is in \d+ groups, fewer than the 11 folds"):
+    with pytest.raises(ExamplesError, match=r"the class 'one' is in 6 groups, fewer than the 11 folds"):
         mi.run(model, given, Probe(folds=11, labels=("one",) * 6 + ("two",) * 6))
     with pytest.raises(ExamplesError, match="the groups leak: examples 0 and 1 are the same text"):
         twice = mi.Examples.of([texts[0], *texts], labels=[labels[0], *labels])
@@ -226,7 +227,7 @@ def test_what_is_refused() -> None:
         mi.run(model, given, Probe(each="word"))
     with pytest.raises(ExamplesError, match="example 0 has 2 labels; give one, or each="):
         mi.run(model, mi.Examples.of(texts, labels=[["a", "b"]] * 12), Probe())
-    with pytest.raises(ExamplesError, match="has 2 labels for 13 words or tokens"):
+    with pytest.raises(ExamplesError, match="has 2 labels for 11 words or tokens"):
         mi.run(model, mi.Examples.of(texts, labels=[["a", "b"]] * 12), Probe(each="token"))
     with pytest.raises(ExamplesError, match="there are 3 labels for 12 texts"):
         mi.run(model, given, Probe(labels=("a", "b", "a")))
@@ -286,9 +287,5 @@ def test_a_probe_is_a_metric(position: Any) -> None:
     slope = torch.from_numpy(mi.run(model, pairs, Slope()).data["value"].transpose("example", "dim").values)
     torch.testing.assert_close(slope, weight[1].expand(2, -1), atol=1e-5, rtol=1e-4)
 
-    class Late(Slope):
-        def needs(self, model: mi.Model) -> mi.Needs:
-            return mi.Needs(grads={"own": mi.Grad(sites.resid_post(2), metric)})
-
     with pytest.raises(NeedsError, match=r"which resid_post\.2 comes after"):
-        mi.run(model, pairs, Late())
+        backward(model, pairs.tokenize(model.tokenizer).batch((0, 1)), [mi.Site("resid_post", 2)], metric)

@@ -109,8 +109,7 @@ class ConceptDirections(Analyzer):
         variables["bias"] = (at, np.stack([one["bias"] for one in found]))
         sites = [str(site.at(None)) for site in self._reads(context.model)]
         dataset = xr.Dataset(variables, {"site": sites, "class": classes, "other": classes})
-        mean = dataset["auroc"].mean("class")
-        best = sites[int(mean.argmax())]
+        best = sites[int(np.argmax(dataset["auroc"].mean("class").values))]
         meta = {
             "method": self.method, "units": len(data.y), "left_out": data.left_out, "chosen": best,
             "set_apart": int(data.held[0].sum()),
@@ -193,7 +192,7 @@ class ConceptAssociation(Analyzer):
 
     Attributes:
         probe: with the site and the direction.
-        name: whose direction; the probe's last class by default.
+        concept: whose direction; the probe's last class by default.
         labels: the group of each text; the examples' labels by default. None is left out.
         positions, pool: which vector is taken from a text.
     Raises:
@@ -201,7 +200,7 @@ class ConceptAssociation(Analyzer):
     """
 
     probe: LinearProbe = field(hash=False)
-    name: str | None = None
+    concept: str | None = None
     labels: tuple[Any, ...] | None = field(default=None, hash=False)
     positions: Position = "end"
     pool: Pool = "mean"
@@ -214,7 +213,7 @@ class ConceptAssociation(Analyzer):
 
     def observe(self, batch: Batch) -> Part:
         x = Units(self.positions, self.pool).of(batch.clean[self._reads(batch.model)[0]], batch.examples)
-        return Part(x.float() @ self.probe.direction(self.name).to(x.device), "example")
+        return Part(x.float() @ self.probe.direction(self.concept).to(x.device), "example")
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         values = Result.of(parts).data["value"].values.astype(float)
@@ -241,7 +240,7 @@ class ConceptAssociation(Analyzer):
             {"group": groups},
         )
         data["q"] = ("group", fdr(data["p"].values))
-        line = self.name or self.probe.classes[-1]
+        line = self.concept or self.probe.classes[-1]
         title = f"Groups of texts along the direction of {line}"
         view = View("bars", "score", "group", title=title, unit="mean projection less the others'", center=0.0)
         about = {"site": str(self.probe.site), "class": line, "left_out": int((named == "").sum())}
@@ -273,12 +272,11 @@ def _auroc(scores: Array, truth: Any) -> float:
 def _interval(scores: Array, truth: Any, group: Any) -> tuple[float, float]:
     """95% percentile interval over bootstrap samples of groups."""
     names, of = np.unique(group, return_inverse=True)
-    members = [np.flatnonzero(of == i) for i in range(len(names))]
-    rng = np.random.default_rng(0)
-    drawn: list[float] = []
-    for _ in range(RESAMPLES):
-        some = np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))])
-        drawn.append(_auroc(scores[some], truth[some]))
-    finite = np.array(drawn)[np.isfinite(drawn)]
-    low, high = np.quantile(finite, [0.025, 0.975]) if len(finite) else (np.nan, np.nan)
+    counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
+    weight = counts[:, of].astype(float)  # draw unit
+    ahead = np.sign(scores[truth][:, None] - scores[~truth]) / 2 + 0.5  # of each pair, half for a tie
+    one, two = weight[:, truth], weight[:, ~truth]
+    with np.errstate(invalid="ignore"):
+        drawn = ((one @ ahead) * two).sum(1) / (one.sum(1) * two.sum(1))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
     return float(low), float(high)

@@ -103,7 +103,7 @@ def _standard(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ((x - center) / scale).float(), center.float(), scale.float()
 
 
-def _curvature(x: Float[Tensor, "unit dim"], c: float, bound: float) -> Float[Tensor, "dim dim"]:
+def _curvature(x: Float[Tensor, "unit dim"], c: float, bound: float) -> Float[Tensor, "dim+1 dim+1"]:
     """The inverse of an upper bound of the second derivative, with the bias as the last dimension."""
     z = torch.cat([x, x.new_ones(len(x), 1)], 1)
     hessian = (c * bound) * (z.T @ z)
@@ -186,7 +186,7 @@ class _Logistic:
             loss = logits.logsumexp(-1, keepdim=True) - (self.target * logits).sum(-1, keepdim=True)
         return self.c * (loss * self.inside).sum((0, 2)) + 0.5 * theta[..., :-1].square().sum((1, 2))
 
-    def _gradient(self, theta: Tensor, logits: Tensor) -> Float[Tensor, "fit output dim"]:
+    def _gradient(self, theta: Tensor, logits: Tensor) -> Float[Tensor, "fit output parameter"]:
         rest = self.c * self.inside * (self._probs(logits) - self.target)
         total = rest.sum(0)[..., None]  # fit output 1
         raw = (rest.flatten(1).T @ self.x).view(*total.shape[:2], -1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Steering(Analyzer):
 
     Attributes:
         probe: with the site and the direction.
-        name: whose direction; the probe's last class by default.
+        concept: whose direction; the probe's last class by default.
         strengths: in activation units, which `ActivationStats` gives the norms of.
         positions: where it is added; all tokens by default.
         draws: random directions.
@@ -47,7 +48,7 @@ class Steering(Analyzer):
     """
 
     probe: LinearProbe = field(hash=False)
-    name: str | None = None
+    concept: str | None = None
     strengths: tuple[float, ...] = (-8.0, -4.0, -2.0, 2.0, 4.0, 8.0)
     positions: Position | None = None
     draws: int = 5
@@ -60,15 +61,16 @@ class Steering(Analyzer):
         if self.draws < 1:
             raise NeedsError(f"Steering must have at least one random direction to compare with. Got {self.draws}")
 
+    @cached_property  # interventions are equal to themselves alone, and needs() must not change
     def _rows(self) -> tuple[tuple[Intervention, ...], ...]:
         """The concept and the draws, strength by strength; and the ablation."""
-        own = self.probe.direction(self.name)
+        own = self.probe.direction(self.concept)
         draws = torch.randn(self.draws, len(own), generator=torch.Generator().manual_seed(self.seed))
         site = self.probe.site.at(self.positions)
         rows: list[tuple[Intervention, ...]] = [
             (Steer(site, d, strength),) for d in (own, *draws) for strength in self.strengths
         ]
-        names = None if len(self.probe.classes) == 2 else [self.name or self.probe.classes[-1]]
+        names = None if len(self.probe.classes) == 2 else [self.concept or self.probe.classes[-1]]
         return (*rows, (self.probe.ablate(names, self.positions),))
 
     def needs(self, model: Model) -> Needs:
@@ -78,7 +80,7 @@ class Steering(Analyzer):
                 f"the probe at {self.probe.site} has {width} dimensions and {model.name} has {model.dims.d_model};"
                 " give one that was fitted on this model"
             )
-        rows = self._rows()
+        rows = self._rows
         wanted = {"metric": self.metric, "loss": loss()}
         return Needs(sweeps={name: Sweep(metric, rows=rows, base="clean") for name, metric in wanted.items()})
 
@@ -114,10 +116,10 @@ class Steering(Analyzer):
         # For the figure: the concept and the mean of the controls as two lines.
         both = np.stack([found.mean, controls.mean((0, 1))])
         out["change"] = (("direction", "strength"), both)
-        out = out.assign_coords(direction=[self.name or self.probe.classes[-1], "random directions"])
+        out = out.assign_coords(direction=[self.concept or self.probe.classes[-1], "random directions"])
         views = (
             View("lines", "change", "strength", by="direction", title="Steering", unit=f"change of the {self.metric.label}"),
             View("lines", "cost", "strength", title="Perplexity of the prompts, steered over not steered", unit="times"),
         )
-        about = {"site": str(self.probe.site), "class": self.name or self.probe.classes[-1], "draws": self.draws}
+        about = {"site": str(self.probe.site), "class": self.concept or self.probe.classes[-1], "draws": self.draws}
         return Result(out, about, views)

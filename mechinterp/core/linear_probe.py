@@ -71,7 +71,8 @@ class LinearProbe:
         names = [str(name) for name in data["site"].values]
         if site is None:
             value: Any = next(data[name] for name in ("accuracy", "r2", "auroc") if name in data)
-            chosen = int((value.sel(task="labels") if "task" in value.dims else value).argmax("site"))
+            value = value.sel(task="labels") if "task" in value.dims else value.mean("class")
+            chosen = int(value.argmax("site"))
         else:
             name = str((Site.parse(site) if isinstance(site, str) else site).whole)
             if name not in names:

@@ -202,7 +202,7 @@ def sweep_full(
     values: list[Tensor] = []
     reads: dict[Site, list[Tensor]] = {site: [] for site in sweep.reads}
     wanted = [Read(site) for site in sweep.reads]
-    if not metrics:  # a row may write after all that is read, and is run to the end all the same
+    if not metrics or metrics[0].site:  # a row may write after all that is read, and is run to the end all the same
         wanted.append(Read(Site("logits", positions="end")))
     held = resolve(sweep.held, model.dims.n_layers)
     whole = [Read(site.whole) for site in held]
