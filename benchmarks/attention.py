@@ -104,6 +104,7 @@ def measure(kind: str, tokens: int) -> dict[str, Any]:
 def child(kind: str, tokens: str) -> None:
     """One batch in this process; prints what it took as JSON."""
     import time
+
     model = load(kind)
     way = theirs if kind == "eager" else ours
     way(model, work(model, 1, 64))

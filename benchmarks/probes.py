@@ -24,7 +24,7 @@ from benchmarks.timing import arguments, compare, environment, interleave, peak_
 from mechinterp.analyzers.fitting import logistic
 from mechinterp.analyzers.probe_data import Probed
 from mechinterp.analyzers.units import features
-from mechinterp.core.analyzer import Analyzer, Context
+from mechinterp.core.analyzer import Context
 from mechinterp.core.result import Result
 
 EXAMPLES, FOLDS = 2000, 5
@@ -34,7 +34,7 @@ BATCH = 64
 class Collected(mi.Probe):
     """A probe that stops where its features are together."""
 
-    def combine(self, parts: Any, context: Context) -> Result | Analyzer:
+    def combine(self, parts: Any, context: Context) -> Result:
         x, _, _ = features(parts)
         return Result.of([mi.Part(x.mean((0, 2)), "example", rows=tuple(range(x.shape[1])))])
 
@@ -77,7 +77,9 @@ def main() -> None:
     }
     ways["forward"]()
     seconds = interleave(ways, 1 if options.quick else 5)
-    lines.append(compare(f"features of 31 sites, {n:,} prompts", seconds["ours"], "bare forward", seconds["forward"], 1.1))
+    lines.append(
+        compare(f"features of 31 sites, {n:,} prompts", seconds["ours"], "bare forward", seconds["forward"], 1.1)
+    )
     kept = 31 * n * model.dims.d_model * 4 / 1e6
     used = float(subprocess.run(
         [sys.executable, "-m", "benchmarks.probes", "--peak", str(n)], capture_output=True, text=True, check=True
@@ -106,7 +108,7 @@ def collected(model: mi.Model, examples: mi.Examples) -> tuple[torch.Tensor, Pro
     got: list[tuple[torch.Tensor, Probed]] = []
 
     class Keeping(mi.Probe):
-        def combine(self, parts: Any, context: Context) -> Result | Analyzer:
+        def combine(self, parts: Any, context: Context) -> Result:
             x, owner, tokens = features(parts)
             data = Probed.of(context.tokens, owner, tokens, None, None, FOLDS, 0, False)
             got.append((x, data))

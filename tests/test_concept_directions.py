@@ -47,7 +47,7 @@ def test_a_planted_direction_is_recovered(method: Any) -> None:
     probe = mi.LinearProbe.of(result, "resid_pre.2")
     cosine = float(probe.direction("yes") @ planted)
     assert cosine > (0.98 if method != "logistic" else 0.7), cosine  # a logistic weight is turned by the covariance
-    data = result.data.sel(**{"class": "yes"})
+    data = result.data.sel({"class": "yes"})
     assert float(data["test_auroc"].sel(site="resid_pre.2")) > 0.95 and float(data["q"].sel(site="resid_pre.2")) < 1e-6
     assert float(data["test_auroc"].sel(site="resid_pre.0")) < 0.75
     assert float(data["coherence"].sel(site="resid_pre.2")) > 0.5 > float(data["coherence"].sel(site="resid_pre.0"))

@@ -184,7 +184,7 @@ def test_probes_are_kept_and_moved_to_other_texts(tmp_path: Path) -> None:
     real[:, 0] = False
     mean = (x["resid_post.2"] * real[..., None]).sum(1) / real.sum(1, keepdim=True)
     guess = [probe.classes[i] for i in probe.scores(mean).argmax(1).tolist()]
-    assert float(same["accuracy"][-1]) == pytest.approx(np.mean([g == t for g, t in zip(guess, given.labels or ())]))
+    assert float(same["accuracy"][-1]) == pytest.approx(np.mean(np.array(guess) == np.array(given.labels)))
     texts, labels = sentences(40, seed=7)
     other = mi.run(model, mi.Examples.of(texts, labels=labels), mi.ProbeTransfer(loaded)).data
     assert float(other["accuracy"].max()) > float(other["majority"][0])
@@ -220,8 +220,8 @@ def test_what_is_refused() -> None:
         mi.run(model, given, Probe(("resid_post.0", "mlp_act.0"), folds=2))
     with pytest.raises(ExamplesError, match=r"the class 'one' is in 6 groups, fewer than the 11 folds"):
         mi.run(model, given, Probe(folds=11, labels=("one",) * 6 + ("two",) * 6))
+    twice = mi.Examples.of([texts[0], *texts], labels=[labels[0], *labels])
     with pytest.raises(ExamplesError, match="the groups leak: examples 0 and 1 are the same text"):
-        twice = mi.Examples.of([texts[0], *texts], labels=[labels[0], *labels])
         mi.run(model, twice, Probe(groups=tuple(range(13)), folds=2))
     with pytest.raises(ExamplesError, match="no category 'word'; each= can be token"):
         mi.run(model, given, Probe(each="word"))

@@ -187,8 +187,9 @@ class ConceptAssociation(Analyzer):
     does is for `Steering` and ablation to say.
 
     Result (``group``): ``score``, the mean projection on the unit direction less that of the other groups, in
-    activation units, with ``ci_low, ci_high`` (95%, bootstrap over texts); ``d``, Cohen's d; ``p`` (permutation of texts,
-    studentised) and ``q`` over the groups; ``texts``, how many there are. ``projection`` (``example``) is what it is of.
+    activation units, with ``ci_low, ci_high`` (95%, bootstrap over texts); ``d``, Cohen's d; ``p`` (permutation of
+    texts, studentised) and ``q`` over the groups; ``texts``, how many there are. ``projection`` (``example``) is what
+    it is of.
 
     Attributes:
         probe: with the site and the direction.
@@ -233,7 +234,9 @@ class ConceptAssociation(Analyzer):
         }  # fmt: skip
         data = xr.Dataset(
             {
-                **{to: ("group", np.array([float(getattr(one, of)[0]) for one in found])) for to, of in columns.items()},
+                **{
+                    to: ("group", np.array([float(getattr(one, of)[0]) for one in found])) for to, of in columns.items()
+                },
                 "texts": ("group", np.array([int((named == g).sum()) for g in groups])),
                 "projection": ("example", values),
             },

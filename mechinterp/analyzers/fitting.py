@@ -47,7 +47,7 @@ def logistic(
     rows: Bool[Tensor, "fit unit"],
     classes: int,
     c: float = 1.0,
-    tolerance: float = 1e-5,
+    tolerance: float = 3e-5,
 ) -> Fits:
     """Multinomial logistic regressions; the logistic one for two classes.
 

@@ -7,11 +7,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xarray as xr
-from scipy import stats
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits, logistic, ridge
-from mechinterp.analyzers.probe_data import Array, Ints, Probed, auroc, code_length, interval
+from mechinterp.analyzers.probe_data import Array, Probed, auroc, code_length, interval, rank_correlation
 from mechinterp.analyzers.units import Pool, Units, features, part
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.result import Part, Result, View
@@ -47,8 +46,9 @@ class Probe(Analyzer):
 
     Attributes:
         sites: of one width; None for the residual stream before each layer and after the last.
-        labels: one for each text; with `each`, a tuple of them for each text, or one for all of its units. None is
-            unlabelled: left out and counted. By default the examples' own. Floats are numbers, all else are classes.
+        labels: one for each text; with `each`, one for each unit, in order or in a tuple for each text, or one for all
+            units of a text. None is unlabelled: left out and counted. By default the examples' own. Floats are numbers,
+            all else are classes.
         positions, pool, each: which vectors are taken from a text (`Units`).
         folds: of the cross-validation.
         groups: one for each text; those of one group are never on both sides. By default each text is its own.
@@ -75,7 +75,9 @@ class Probe(Analyzer):
 
     def __post_init__(self) -> None:
         if self.folds < 2 or self.c <= 0 or self.permutations < 0:
-            raise NeedsError(f"Probe must have two folds or more, a c above 0 and permutations of 0 or more. Got {self}")
+            raise NeedsError(
+                f"Probe must have two folds or more, a c above 0 and permutations of 0 or more. Got {self}"
+            )
 
     @property
     def units(self) -> Units:
@@ -144,8 +146,8 @@ def _held_out(fits: Fits, x: Tensor, held: Tensor, which: slice) -> Array:
 def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites: list[str]) -> Result:
     """Everything that was found at all sites, with intervals and baselines."""
     names = ["labels", *(["control"] if len(found[0]["scores"]) > 1 else [])]
-    truths = [data.y, data.control]
-    right = np.stack([[data.gains(s, t) for s, t in zip(one["scores"], truths, strict=False)] for one in found], 1)
+    truths = [data.y] if data.control is None or len(names) == 1 else [data.y, data.control]
+    right = np.stack([[data.gains(one["scores"][i], truth) for one in found] for i, truth in enumerate(truths)])
     # task site unit [2 for numbers: what the probe and what the mean leave unexplained]
     if data.classes:
         extra = [("majority", data.majority()), *([("type", data.by_type())] if data.of_words else [])]
@@ -166,7 +168,7 @@ def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites
             np.add.at(counts[i], (data.y, row), 1)
         variables["confusion"] = (("site", "label", "prediction"), counts)
     else:
-        rank = [float(stats.spearmanr(one["scores"][0][:, 0], data.y).statistic) for one in found]
+        rank = [rank_correlation(one["scores"][0][:, 0], data.y) for one in found]
         variables["spearman"] = (at, np.array(rank))
     if "p" in found[0]:
         p = np.array([float(one["p"]) for one in found])
@@ -194,12 +196,9 @@ def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites
     views = [View("lines", value, "site", by="task", title=title, unit=value if data.classes else "R²")]
     if data.classes:
         best = sites[int(mean[0].argmax())]
-        views.append(
-            View(
-                "heatmap", "confusion", "prediction", "label", select={"site": best}, unit="units",
-                title=f"Labels and predictions at {best}, the site of the highest accuracy",
-            )  # fmt: skip
-        )
+        title = f"Labels and predictions at {best}, the site of the highest accuracy"
+        view = View("heatmap", "confusion", "prediction", "label", select={"site": best}, unit="units", title=title)
+        views.append(view)
     return Result(xr.Dataset(variables, coords), meta, tuple(views))
 
 
@@ -262,9 +261,11 @@ class ProbeTransfer(Analyzer):
             share = float(np.bincount(data.y).max() / len(data.y))
             variables["majority"] = (at, np.full(len(scores), share))
         else:
-            rank = [float(stats.spearmanr(one[:, 0], data.y).statistic) for one in scores]
+            rank = [rank_correlation(one[:, 0], data.y) for one in scores]
             variables["spearman"] = (at, np.array(rank))
         title = f"{'Accuracy' if known else 'R²'} of probes that were fitted elsewhere"
         view = View("lines", value, "site", title=title, unit=value if known else "R²")
         sites = self.probes.data["site"].values.tolist()
-        return Result(xr.Dataset(variables, {"site": sites}), {"units": len(data.y), "left_out": data.left_out}, (view,))
+        return Result(
+            xr.Dataset(variables, {"site": sites}), {"units": len(data.y), "left_out": data.left_out}, (view,)
+        )

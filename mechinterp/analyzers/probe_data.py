@@ -202,6 +202,12 @@ def auroc(scores: Array, data: Probed) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
+def rank_correlation(one: Array, two: Array) -> float:
+    """Spearman's; NaN where one is constant."""
+    a, b = stats.rankdata(one), stats.rankdata(two)
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
+
+
 def interval(gains: Array, group: Ints, classes: bool) -> tuple[Array, Array, Array]:
     """Mean and 95% percentile interval over bootstrap samples of groups, ``task site``.
 
@@ -231,6 +237,8 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
     column = tokens.labels if labels is None else labels
     if column is None:
         raise ExamplesError("the examples have no labels; give labels= to Examples.of or to the probe")
+    if several and len(column) == len(owner):  # one for each unit, in order
+        return [None if isinstance(v, float) and np.isnan(v) else v for v in column]
     if len(column) != len(tokens):
         raise ExamplesError(f"there are {len(column)} labels for {len(tokens)} texts; give one for each")
     counts = np.bincount(owner, minlength=len(tokens))
@@ -238,7 +246,9 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
     for text, label in enumerate(column):
         if isinstance(label, tuple | list):
             if not several:
-                raise ExamplesError(f"example {text} has {len(label)} labels; give one, or each= for one a word or token")
+                raise ExamplesError(
+                    f"example {text} has {len(label)} labels; give one, or each= for one a word or token"
+                )
             if len(label) != counts[text]:
                 raise ExamplesError(f"example {text} has {len(label)} labels for {counts[text]} words or tokens")
             out += list(label)

@@ -19,7 +19,6 @@ from mechinterp.errors import NeedsError
 from mechinterp.sites import Position
 
 
-
 @dataclass(frozen=True)
 class Steering(Analyzer):
     """A concept's direction added at its site with many strengths, against random directions of equal norm.
@@ -29,9 +28,9 @@ class Steering(Analyzer):
     where activations never are: that a concept does more than these is necessary, and no proof of what it means.
 
     Result (``strength``, in activation units): ``mean`` change of the metric with ``ci_low, ci_high`` (95%, bootstrap
-    over examples); ``control`` (``strength draw``), the same of each random direction; ``excess``, the mean less that of the
-    controls', with ``p`` (sign flips over examples) and ``q`` over the strengths; ``cost``, how many times larger the
-    perplexity of the examples' own text gets, and ``control_cost``, that of the random directions. ``ablation``
+    over examples); ``control`` (``strength draw``), the same of each random direction; ``excess``, the mean less that
+    of the controls', with ``p`` (sign flips over examples) and ``q`` over the strengths; ``cost``, how many times larger
+    the perplexity of the examples' own text gets, and ``control_cost``, that of the random directions. ``ablation``
     (``measure``) has the change of the metric where the line is removed, and its cost. ``effect`` (``example
     strength``) and ``clean`` (``example``) are what it is made of.
 
@@ -95,7 +94,9 @@ class Steering(Analyzer):
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         data = Result.of(parts).data
         n, k = data.sizes["example"], len(self.strengths)
-        change, worse = (data[v].transpose("example", "row").values[:, :-1].reshape(n, -1, k) for v in ("metric", "loss"))
+        change, worse = (
+            data[v].transpose("example", "row").values[:, :-1].reshape(n, -1, k) for v in ("metric", "loss")
+        )
         one, controls = change[:, 0], change[:, 1:]
         found = summarize(one, context.seed)
         excess = summarize(one - controls.mean(1), context.seed)
@@ -118,8 +119,17 @@ class Steering(Analyzer):
         out["change"] = (("direction", "strength"), both)
         out = out.assign_coords(direction=[self.concept or self.probe.classes[-1], "random directions"])
         views = (
-            View("lines", "change", "strength", by="direction", title="Steering", unit=f"change of the {self.metric.label}"),
-            View("lines", "cost", "strength", title="Perplexity of the prompts, steered over not steered", unit="times"),
+            View(
+                "lines",
+                "change",
+                "strength",
+                by="direction",
+                title="Steering",
+                unit=f"change of the {self.metric.label}",
+            ),
+            View(
+                "lines", "cost", "strength", title="Perplexity of the prompts, steered over not steered", unit="times"
+            ),
         )
         about = {"site": str(self.probe.site), "class": self.concept or self.probe.classes[-1], "draws": self.draws}
         return Result(out, about, views)

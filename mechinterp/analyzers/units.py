@@ -118,7 +118,7 @@ class Units:
 
     def _words(self, batch: TokenBatch) -> tuple[Tensor, list[tuple[int, int]]]:
         """Row of the batch and span of every word, in order."""
-        if self.each not in batch.categories:
+        if self.each is None or self.each not in batch.categories:
             known = ", ".join(["token", *batch.categories])
             raise ExamplesError(f"these examples have no category {self.each!r}; each= can be {known}")
         found = [(row, span) for row, spans in enumerate(batch.categories[self.each]) for span in spans]

@@ -25,6 +25,11 @@ from mechinterp.cli.study import (
 )
 from mechinterp.errors import ExamplesError, NeedsError
 
+GROUP = "frame"
+"""The label of sentences that are made alike, and are held out together."""
+NO_TASK = ("head", GROUP)
+"""Labels that are no classes to tell apart."""
+
 
 class Pooling(StrEnum):
     mean = "mean"
@@ -114,7 +119,8 @@ def probe_linguistic(
     file: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FILE]", help="Labelled words: .conllu, .tsv or .jsonl; else sentences of our own.",
+            metavar="[FILE]",
+            help="Labelled words: .conllu, .tsv or .jsonl; else sentences of our own.",
             show_default=False,
         ),
     ] = None,
@@ -137,22 +143,25 @@ def probe_linguistic(
     """What words' vectors tell of grammar: part of speech, depth in the tree, number, tense; one pass for all."""
     with reported(debug):
         check_out(out)
-        data = mi.tasks.sentences(limit, seed=seed) if file is None else mi.tasks.read_words(file)
-        known = data.tasks
-        chosen = task or list(known)
+        data: Any = mi.tasks.sentences(limit, seed=seed) if file is None else _words(file)
+        known = [name for name in (*data.word_labels, *data.labels) if name not in NO_TASK]
+        chosen = task or known
         if odd := [name for name in chosen if name not in known]:
             raise ExamplesError(f"{file or 'our sentences'} has no labels for {odd[0]!r}; it has {', '.join(known)}")
         sites = None if site is None else tuple(site)
         asked: list[Any] = []
         for name in chosen:
-            labels = data.labels(name)
-            per_word = isinstance(labels[0], tuple)
-            units: dict[str, Any] = {"each": "word", "pool": pool.value} if per_word else {}
-            asked.append(mi.Probe(sites, labels=labels, folds=folds, permutations=permutations, **units))
+            of_words = name in data.word_labels
+            labels = data.column(name) if of_words else data.labels[name]
+            if all(isinstance(label, int) for label in labels if label is not None):
+                labels = tuple(None if label is None else float(label) for label in labels)
+            units: dict[str, Any] = {"each": "word", "pool": pool.value} if of_words else {"positions": "end"}
+            groups = data.labels.get(GROUP)
+            asked.append(mi.Probe(sites, labels, folds=folds, permutations=permutations, groups=groups, **units))
         source = f"mi.tasks.sentences({limit}, seed={seed})" if file is None else str(file)
         title = f"Linguistic probes in {Path(model).name}: {', '.join(chosen)}"
         study(
-            (model, adapter, dtype, device), data.examples, asked, out, title, seed, source, batch_size, names=chosen
+            (model, adapter, dtype, device), data.examples(), asked, out, title, seed, source, batch_size, names=chosen
         )  # fmt: skip
 
 
@@ -244,13 +253,26 @@ def steer(
             if row["strength"] or row["direction"] != "random":
                 typer.echo(f"{row['direction']} {row['strength']:+g}: {' '.join(str(row['text']).split())}")
         typer.echo(f"\n{result.table('mean').to_string(index=False)}")
-        about = {**{k: result.meta[k] for k in PROVENANCE if k in result.meta}, "command": shlex.join(["mechinterp", *sys.argv[1:]])}
+        about = {
+            **{k: result.meta[k] for k in PROVENANCE if k in result.meta},
+            "command": shlex.join(["mechinterp", *sys.argv[1:]]),
+        }
         title = f"Steering {loaded.name} at {probe.site}"
         typer.echo(f"\nreport: {write_study(out, title, [result], plan='', manifest=about)}")
 
 
 def _units(at: Where, pool: Pooling) -> dict[str, Any]:
     return {"each": "token"} if at is Where.token else {"positions": at.value, "pool": pool.value}
+
+
+def _words(file: Path) -> Any:
+    """Labelled words of a file, by its ending."""
+    from mechinterp.core.sentences import Sentences
+
+    readers = {".conllu": Sentences.from_conllu, ".tsv": Sentences.from_tsv, ".jsonl": Sentences.from_jsonl}
+    if file.suffix not in readers:
+        raise ExamplesError(f"{file} is none of {', '.join(readers)}; give labelled words in one of these formats")
+    return readers[file.suffix](file)
 
 
 def _labelled(

@@ -163,9 +163,9 @@ def _probe(result: Result) -> list[str]:
     site = str(data["site"].values[best])
     low, high = (float(data[name].sel(task="labels")[best]) for name in ("ci_low", "ci_high"))
     of = f" of {result.meta['of']}" if "of" in result.meta else ""
-    left = result.meta["left_out"]
+    left = f" ({result.meta['left_out']} without a label left out)" if result.meta["left_out"] else ""
     said = (
-        f"Probes{of}, on {count(result.meta['units'], 'vector')}{f' ({left} without a label left out)' if left else ''}:"
+        f"Probes{of}, on {count(result.meta['units'], 'vector')}{left}:"
         f" best at {site}, {'R²' if value == 'r2' else value} {float(own[best]):.3f} ({low:.3f} to {high:.3f})"
     )
     beside = [
@@ -175,7 +175,9 @@ def _probe(result: Result) -> list[str]:
     ]
     said += f"; beside it: {', '.join(beside)}" if beside else ""
     if "q" in data:
-        said += f"; {int((data['q'].values < ALPHA).sum())} of {data.sizes['site']} sites beat shuffled labels (q < .05)"
+        said += (
+            f"; {int((data['q'].values < ALPHA).sum())} of {data.sizes['site']} sites beat shuffled labels (q < .05)"
+        )
     return [f"{said}. The best of many sites is chosen with hindsight."]
 
 
@@ -187,7 +189,7 @@ def _directions(result: Result) -> list[str]:
     shown = classes[1:] if len(classes) == 2 else classes
     parts: list[str] = []
     for name in shown:
-        one = data.sel(site=site, **{"class": name})
+        one = data.sel({"site": site, "class": name})
         parts.append(
             f"{name} {float(one['test_auroc']):.3f} ({float(one['ci_low']):.3f} to {float(one['ci_high']):.3f},"
             f" q {float(one['q']):.1g})"

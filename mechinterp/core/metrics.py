@@ -1,7 +1,8 @@
 """Metrics: what scores a run, one number an example.
 
 A metric says at which positions it needs logits, and of which vocabulary rows, so that nothing else
-is computed; or that it scores what is at a site further in (a probe's reading of it, say). Higher is always the behaviour under study, except for `kl` and `loss`.
+is computed; or that it scores what is at a site further in, as a probe does. Higher is always the
+behaviour under study, except for `kl` and `loss`.
 """
 
 from collections.abc import Callable

@@ -49,7 +49,9 @@ def backward(
     """
     places = list(dict.fromkeys(site.whole for site in sites))
     if metric.site and (late := [site for site in sites if site.order > metric.site.order]):
-        raise NeedsError(f"the metric {metric} is of {metric.site}, which {late[0]} comes after; ask for an earlier site")
+        raise NeedsError(
+            f"the metric {metric} is of {metric.site}, which {late[0]} comes after; ask for an earlier site"
+        )
     with torch.enable_grad():
         head: Any = model.hf.get_submodule(model.arch.unembed)
         written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself

@@ -220,9 +220,13 @@ class _State:
                 tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
             losses, held = (list(map(float, json.loads(about[name]))) for name in ("loss", "held"))
         except Exception as error:
-            raise OutputError(f"{file} cannot be read ({type(error).__name__}: {error}); delete {self.folder}") from error
+            raise OutputError(
+                f"{file} cannot be read ({type(error).__name__}: {error}); delete {self.folder}"
+            ) from error
         if about.get("key") != self.key:
-            raise OutputError(f"{self.folder} is the beginning of another training; delete it, or choose another folder")
+            raise OutputError(
+                f"{self.folder} is the beginning of another training; delete it, or choose another folder"
+            )
         self.losses, self.held = losses, held
         with torch.no_grad():
             for name, p in self.parameters.items():
