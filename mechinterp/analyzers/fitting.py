@@ -16,6 +16,9 @@ MEMORY = 10
 STEPS = 500
 """After so many a fit stops, and `Fits.converged` says so."""
 
+LEAST_GAIN = 1e-8
+"""A step that promises less, in units of c × the number of rows, is lost in the rounding of float32."""
+
 NUMBERS_AT_ONCE = 1 << 24
 """Scores in memory at once, of units × fits × outputs."""
 
@@ -140,8 +143,11 @@ class _Logistic:
         logits = self.x.new_zeros(len(self.x), fits, self.outputs)
         gradient = self._gradient(theta, logits)
         history: list[tuple[Tensor, Tensor, Tensor]] = []
+        gain = torch.full_like(self.n, torch.inf)  # twice what a step was expected to bring
         for step in range(STEPS + 1):
-            small = gradient.abs().amax((1, 2)) <= tolerance * self.c * self.n
+            small = (gradient.abs().amax((1, 2)) <= tolerance * self.c * self.n) | (
+                gain <= LEAST_GAIN * self.c * self.n
+            )
             if step == STEPS or small.all() or (small.float().mean() > 0.25):
                 go = ~small & (step < STEPS)
                 out = left[~go]
@@ -149,10 +155,11 @@ class _Logistic:
                 value[out] = self._objective(theta, logits)[~go]
                 if not go.any():
                     break
-                left, theta, logits, gradient = left[go], theta[go], logits[:, go], gradient[go]
+                left, theta, logits, gradient, gain = left[go], theta[go], logits[:, go], gradient[go], gain[go]
                 history = [(s[go], y[go], r[go]) for s, y, r in history]
                 self._keep(go)
             direction = self._direction(gradient, history)
+            gain = -(gradient * direction).sum((1, 2))
             moved = self._logits(direction)
             size = self._length(theta, direction, logits, moved)[:, None, None]
             theta = theta + size * direction

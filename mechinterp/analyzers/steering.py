@@ -29,8 +29,8 @@ class Steering(Analyzer):
 
     Result (``strength``, in activation units): ``mean`` change of the metric with ``ci_low, ci_high`` (95%, bootstrap
     over examples); ``control`` (``strength draw``), the same of each random direction; ``excess``, the mean less that
-    of the controls', with ``p`` (sign flips over examples) and ``q`` over the strengths; ``cost``, how many times larger
-    the perplexity of the examples' own text gets, and ``control_cost``, that of the random directions. ``ablation``
+    of the controls', with ``p`` (sign flips over examples) and ``q`` over the strengths; ``cost``, how many times
+    larger the perplexity of the examples' own text gets, and ``control_cost``, that of random ones. ``ablation``
     (``measure``) has the change of the metric where the line is removed, and its cost. ``effect`` (``example
     strength``) and ``clean`` (``example``) are what it is made of.
 
