@@ -21,6 +21,7 @@ _NAMES = {
     "Sites": "mechinterp.sites",
     "Examples": "mechinterp.core.examples",
     "Chat": "mechinterp.core.examples",
+    "Sentences": "mechinterp.core.sentences",
     "Vocabulary": "mechinterp.core.vocabulary",
     "TokenBatch": "mechinterp.core.tokens",
     "Trace": "mechinterp.core.trace",
@@ -232,6 +233,7 @@ if TYPE_CHECKING:
     from mechinterp.core.result import Part as Part
     from mechinterp.core.result import Result as Result
     from mechinterp.core.result import View as View
+    from mechinterp.core.sentences import Sentences as Sentences
     from mechinterp.core.tokens import TokenBatch as TokenBatch
     from mechinterp.core.trace import Read as Read
     from mechinterp.core.trace import Reduce as Reduce

@@ -13,6 +13,7 @@ NAMES = [
     "Sites",
     "Examples",
     "Chat",
+    "Sentences",
     "Vocabulary",
     "TokenBatch",
     "Trace",

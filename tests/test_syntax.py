@@ -8,7 +8,8 @@ import torch
 
 import mechinterp as mi
 from mechinterp import sites
-from mechinterp.analyzers.syntax import place, read_conllu
+from mechinterp.analyzers.syntax import place
+from mechinterp.core.conllu import read_conllu
 from mechinterp.errors import ExamplesError
 from mechinterp.testing import tiny
 
@@ -113,7 +114,7 @@ def test_syntactic_heads_of_the_real_model(smollm2: mi.Model) -> None:
         ("", "has no sentences"),
         ("1\tA\t_\n", ":1 has 3 columns"),
         ("1\tA\t_\t_\t_\t_\t7\tdep\t_\t_\n", ":1 has the head '7'; it must be 0 to 1"),
-        ("# text = B\n1\tA\t_\t_\t_\t_\t0\troot\t_\t_\n", ":2: 'A' is not in the sentence's text"),
+        ("# text = B\n1\tA\t_\t_\t_\t_\t0\troot\t_\t_\n", ":2: 'A' does not come after '' in the sentence's text"),
         ("1\tA\t_\t_\t_\t_\t0\troot\t_\t_\n", "has no dependency between two words"),
     ],
 )

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from mechinterp import sites
 from mechinterp.core.analyzer import Analyzer, Context, Model, Needs, Own
+from mechinterp.core.conllu import Sentence, read_conllu
 from mechinterp.core.examples import Examples
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import fdr, summarize
@@ -44,7 +44,8 @@ class SyntacticHeads(Analyzer):
 
     Words and tokens meet by characters. A word that shares a token with another, or that does not stand in the text
     (inside a multi-word token such as *du*), is unmapped; dependencies with an unmapped word, or to the first
-    token's, are left out and counted in `meta`. Relations are taken without subtypes, and ``root`` is none.
+    token's, are left out and counted in `meta`. Relations are taken without subtypes; ``root`` is none,
+    and neither is a head that is not said (``_``).
 
     Result (``relation direction layer head``): ``score``, ``null``, ``p``, ``q``, ``specialised``; ``links``, how many
     dependencies, and ``offset``, the null's (``relation direction``). NaN below `least` dependencies.
@@ -117,16 +118,6 @@ class SyntacticHeads(Analyzer):
 
 
 @dataclass(frozen=True)
-class Sentence:
-    """A sentence of a CoNLL-U file: its words' characters (None: not in the text), heads (-1: none) and relations."""
-
-    text: str
-    spans: tuple[Span | None, ...]
-    heads: tuple[int, ...]
-    relations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Placed:
     """A sentence in tokens.
 
@@ -190,7 +181,7 @@ def place(sentence: Sentence, model: Model) -> Placed:
     links: list[Link] = []
     dependencies = 0
     for dependent, (head, relation) in enumerate(zip(sentence.heads, sentence.relations, strict=True)):
-        if head < 0:
+        if head is None or head < 0:
             continue
         dependencies += 1
         later, earlier = max(dependent, head), min(dependent, head)
@@ -198,70 +189,6 @@ def place(sentence: Sentence, model: Model) -> Placed:
         if words[later] is not None and target is not None and target[0] > 0:
             links.append((later, earlier, relation, DIRECTIONS[head > dependent]))
     return Placed(tuple(out["input_ids"]), words, tuple(links), dependencies)
-
-
-def read_conllu(path: str | Path) -> list[Sentence]:
-    """The sentences of a CoNLL-U file; empty nodes are left out.
-
-    Raises:
-        ExamplesError: the file cannot be read, a line is not as the format says, or there is no sentence.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExamplesError(f"cannot read {path}: {error}; give a CoNLL-U file in UTF-8") from None
-    sentences: list[Sentence] = []
-    block: list[tuple[int, list[str]]] = []
-    text: str | None = None
-    for number, line in enumerate([*lines, ""], 1):
-        if line.startswith("#"):
-            text = line.split("=", 1)[1].strip() if line.replace(" ", "").startswith("#text=") else text
-        elif line.strip():
-            block.append((number, line.split("\t")))
-            if len(block[-1][1]) != 10:
-                raise ExamplesError(f"{path}:{number} has {len(block[-1][1])} columns; CoNLL-U has 10, between tabs")
-        elif block:
-            sentences.append(_sentence(path, block, text))
-            block, text = [], None
-    if not sentences:
-        raise ExamplesError(f"{path} has no sentences; give a CoNLL-U file with dependencies")
-    return sentences
-
-
-def _sentence(path: str | Path, block: list[tuple[int, list[str]]], text: str | None) -> Sentence:
-    """One sentence; where it has no text of its own, its words with the spaces that they say."""
-    block = [(number, fields) for number, fields in block if "." not in fields[0]]
-    if text is None:
-        pieces, inside = [], 0
-        for _, fields in block:
-            first, _, last = fields[0].partition("-")
-            if last or int(first) > inside:
-                pieces.append(fields[1] + ("" if "SpaceAfter=No" in fields[9].split("|") else " "))
-                inside = int(last or first)
-        text = "".join(pieces).strip()
-    spans: list[Span | None] = []
-    heads: list[int] = []
-    relations: list[str] = []
-    at, within = 0, (0, 0, 0)  # within: the last word and the characters of a multi-word token
-    count = sum("-" not in fields[0] for _, fields in block)
-    for number, fields in block:
-        first, _, last = fields[0].partition("-")
-        single = bool(last) or int(first) > within[0]
-        start = text.find(fields[1], at, None if single else within[2])
-        if single and start < 0:
-            raise ExamplesError(f"{path}:{number}: {fields[1]!r} is not in the sentence's text after {text[:at]!r}")
-        if last:
-            within = (int(last), start, start + len(fields[1]))
-            at = start
-            continue
-        spans.append(None if start < 0 else (start, start + len(fields[1])))
-        at = at if start < 0 else start + len(fields[1])
-        at = max(at, within[2]) if int(first) == within[0] else at
-        if not fields[6].isdigit() or int(fields[6]) > count:
-            raise ExamplesError(f"{path}:{number} has the head {fields[6]!r}; it must be 0 to {count}")
-        heads.append(int(fields[6]) - 1)
-        relations.append(fields[7].split(":")[0])
-    return Sentence(text, tuple(spans), tuple(heads), tuple(relations))
 
 
 def _view(data: xr.Dataset, direction: str, meta: dict[str, int]) -> View | None:

@@ -165,17 +165,7 @@ class Examples:
     @classmethod
     def from_jsonl(cls, path: str | Path) -> "Examples":
         """One JSON object a line, with the keys of `from_dataset`."""
-        rows: list[Mapping[str, Any]] = []
-        for number, line in enumerate(_read(path).split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ExamplesError(f"{path}:{number} is not JSON ({error.msg}); write one object a line") from None
-                if not isinstance(row, dict):
-                    raise ExamplesError(f'{path}:{number} is not an object; write {{"text": ...}}')
-                rows.append(row)
-        return cls.from_dataset(rows)
+        return cls.from_dataset(row for _, row in json_lines(path))
 
     @classmethod
     def from_csv(cls, path: str | Path) -> "Examples":
@@ -350,6 +340,25 @@ def _read(path: str | Path) -> str:
     if not text.strip():
         raise ExamplesError(f"{path} is empty; give it one example a line")
     return text
+
+
+def json_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file, each with the number of its line.
+
+    Raises:
+        ExamplesError: the file cannot be read or is empty, or a line is no JSON object.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ExamplesError(f"{path}:{number} is not JSON ({error.msg}); write one object a line") from None
+            if not isinstance(row, dict):
+                raise ExamplesError(f'{path}:{number} is not an object; write {{"text": ...}}')
+            rows.append((number, row))
+    return rows
 
 
 def _subject(subject: Any, text: Any, row: int) -> Span:
