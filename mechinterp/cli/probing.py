@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import textwrap
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,6 +158,7 @@ def probe_linguistic(
                 labels = tuple(None if label is None else float(label) for label in labels)
             units: dict[str, Any] = {"each": "word", "pool": pool.value} if of_words else {"positions": "end"}
             groups = data.labels.get(GROUP)
+            labels = _common(data, name, labels, groups, folds)
             asked.append(mi.Probe(sites, labels, folds=folds, permutations=permutations, groups=groups, **units))
         source = f"mi.tasks.sentences({limit}, seed={seed})" if file is None else str(file)
         title = f"Linguistic probes in {Path(model).name}: {', '.join(chosen)}"
@@ -168,15 +170,16 @@ def probe_linguistic(
 def probe_concepts(
     model: ModelArgument,
     concept: Annotated[
-        list[str] | None, typer.Option("--concept", help="Of those that are shipped; repeat. By default sentiment.")
+        list[str] | None,
+        typer.Option("--concept", help="Of those that are shipped, or safety for three; repeat. By default sentiment."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Texts of your own, with a label and perhaps a group.")
     ] = None,
+    target: Annotated[str | None, typer.Option("--target", help="The class to steer towards; the first one.")] = None,
     method: Annotated[Method, typer.Option("--method", help="How directions are found.")] = Method.mean_difference,
     site: Sites = None,
-    at: At = Where.end,
-    pool: Pool = Pooling.mean,
+    at: Annotated[Where, typer.Option("--at", help="The last token, or the whole text but its first.")] = Where.all,
     folds: Annotated[int, typer.Option("--folds", min=3, help="One is set apart, to test on.")] = 5,
     text_field: TextField = "text",
     label_field: LabelField = "label",
@@ -189,31 +192,36 @@ def probe_concepts(
     out: Out = Path("mechinterp-concepts"),
     debug: Debug = False,
 ) -> None:
-    """Directions of named concepts: where they are told apart, on texts that were set apart, and saved as probes."""
+    """Directions of named concepts: where they are told apart, and what moving along them does; saved for steer."""
     if file is not None and concept:
         raise typer.BadParameter("give --concept or --file, and not both")
+    if at is Where.token:
+        raise typer.BadParameter("a concept is of texts: give end or all", param_hint="--at")
     with reported(debug):
-        check_out(out)
-        sites = None if site is None else tuple(site)
-        sets: list[tuple[str, Any, Any]] = []
+        from mechinterp.studies.concepts import SAFETY
+        from mechinterp.tasks.concepts import Concept, concepts
+
+        names = [one for name in concept or ["sentiment"] for one in (SAFETY if name == "safety" else [name])]
+        sets = [concepts(name) for name in names] if file is None else []
         if file is not None:
             examples, groups = _labelled(file, text_field, label_field, group_field, False, None)
-            sets.append((file.stem, examples, groups))
-        for name in concept or ([] if file else ["sentiment"]):
-            one = mi.tasks.concepts(name)
-            sets.append((name, one.examples, one.groups))
-        for name, examples, groups in sets:
-            asked: list[Any] = [
-                mi.ConceptDirections(method.value, sites, groups=groups, folds=folds, **_units(at, pool)),
-                mi.Probe(sites, groups=groups, folds=folds, **_units(at, pool)),
-            ]
-            to = out if len(sets) == 1 else out / name
-            _, found = study(
-                (model, adapter, dtype, device), examples, asked, to, f"Concept {name} in {Path(model).name}", seed,
-                f"mi.tasks.concepts({name!r})" if file is None else str(file), batch_size,
+            classes = tuple(sorted({str(label) for label in examples.labels or () if label is not None}))
+            own = groups or tuple(map(str, range(len(examples))))
+            sets.append(Concept(file.stem, classes, examples, own, {}, ()))
+        folders = {one.name: out if len(sets) == 1 else out / one.name for one in sets}
+        for folder in folders.values():
+            check_out(folder)
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
+        typer.echo(f"{loaded}\n")
+        for one in sets:
+            found = mi.studies.concept_study(
+                loaded, one, target=target, method=method.value, sites=None if site is None else tuple(site),
+                positions=at.value, folds=folds, batch_size=batch_size, seed=seed, progress=True,
             )  # fmt: skip
-            probe = mi.LinearProbe.of(found[0])
-            typer.echo(f"direction: {probe.save(to / 'direction.safetensors')} ({probe.site})")
+            for line in found.summary():
+                typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
+            page = found.write(folders[one.name])
+            typer.echo(f"report: {page}\ndirection: {folders[one.name] / 'direction.safetensors'}\n")
 
 
 def steer(
@@ -263,6 +271,21 @@ def steer(
 
 def _units(at: Where, pool: Pooling) -> dict[str, Any]:
     return {"each": "token"} if at is Where.token else {"positions": at.value, "pool": pool.value}
+
+
+def _common(data: Any, name: str, labels: Any, groups: Any, folds: int) -> tuple[Any, ...]:
+    """Labels without the classes that are in fewer groups than folds, of which what is left out is said."""
+    owner = list(range(len(data)))
+    if name in data.word_labels:
+        owner = [i for i, row in enumerate(data.words) for span in row if span is not None]
+    where: dict[Any, set[Any]] = {}
+    for text, label in zip(owner, labels, strict=True):
+        if label is not None and not isinstance(label, float):
+            where.setdefault(label, set()).add(text if groups is None else groups[text])
+    rare = {label for label, there in where.items() if len(there) < folds}
+    if rare:
+        typer.echo(f"{name}: without {', '.join(sorted(map(str, rare)))}, in fewer than {folds} groups", err=True)
+    return tuple(None if label in rare else label for label in labels)
 
 
 def _words(file: Path) -> Any:

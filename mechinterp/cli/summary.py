@@ -159,7 +159,7 @@ def _probe(result: Result) -> list[str]:
     data: Any = result.data
     value = "accuracy" if "accuracy" in data else "r2"
     own = data[value].sel(task="labels")
-    best = int(own.argmax())
+    best = int(np.argmax(own.values))
     site = str(data["site"].values[best])
     low, high = (float(data[name].sel(task="labels")[best]) for name in ("ci_low", "ci_high"))
     of = f" of {result.meta['of']}" if "of" in result.meta else ""

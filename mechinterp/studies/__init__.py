@@ -12,6 +12,9 @@ from mechinterp.studies.classification import classify as classify
 from mechinterp.studies.classifier import shorten as shorten
 from mechinterp.studies.comparing import compare_attention as compare_attention
 from mechinterp.studies.comparing import compare_models as compare_models
+from mechinterp.studies.concepts import ConceptStudy as ConceptStudy
+from mechinterp.studies.concepts import concept_study as concept_study
+from mechinterp.studies.concepts import safety_study as safety_study
 from mechinterp.studies.configuration import StudyConfig as StudyConfig
 from mechinterp.studies.dialogue import AttentionBetweenSpeakers as AttentionBetweenSpeakers
 from mechinterp.studies.dialogue import Dialogue as Dialogue
@@ -37,6 +40,7 @@ __all__ = [
     "AttentionBetweenSpeakers",
     "AttentionStudy",
     "Circuit",
+    "ConceptStudy",
     "Dialogue",
     "Explanation",
     "FinetunedComparison",
@@ -54,6 +58,7 @@ __all__ = [
     "attention_study",
     "classify",
     "completeness",
+    "concept_study",
     "discover",
     "erase_tokens",
     "explain_prediction",
@@ -62,6 +67,7 @@ __all__ = [
     "finetune",
     "minimality",
     "read_labelled",
+    "safety_study",
     "shorten",
     "steered_text",
     "tfidf_classifier",

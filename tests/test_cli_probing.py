@@ -1,0 +1,142 @@
+"""mechinterp probe-representations, probe-linguistic, probe-concepts and steer; and the study of a concept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import mechinterp as mi
+from mechinterp.cli import main as cli
+from mechinterp.tasks.concepts import Concept
+
+RUN = CliRunner()
+GOOD, BAD = ("Mary", "Tom"), ("store", "office")
+FILLER = ("park", "school", "drink", "book", "ring", "kiss")
+
+
+def rows(n: int = 60) -> list[dict[str, Any]]:
+    """Texts whose last word says the label; every group has as many of both."""
+    rng = np.random.default_rng(0)
+    out: list[dict[str, Any]] = []
+    for i in range(n):
+        word = (GOOD if i % 2 else BAD)[i // 2 % 2]
+        text = f"{' '.join(rng.choice(FILLER, 4))} {word}"
+        out.append({"text": text, "label": "good" if i % 2 else "bad", "group": f"g{i // 2 % 10}", "length": len(text)})
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("model")
+    base = mi.testing.tiny("llama")
+    base.hf.save_pretrained(where)
+    base.tokenizer.save_pretrained(where)
+    return where
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows())))
+    return path
+
+
+def invoke(*arguments: Any) -> Result:
+    return RUN.invoke(cli.app, [str(a) for a in arguments])
+
+
+def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> None:
+    done = invoke(
+        "probe-representations", folder, texts, "--group-field", "group", "--site", "embed", "--site", "resid_post.1",
+        "--folds", 4, "--permutations", 10, "--mdl", "--transfer", texts, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert (
+        "best at embed, accuracy 1.000" in " ".join(done.stdout.split()) and "what the probes read there" in done.stdout
+    )
+    assert (tmp_path / "out" / "report.html").is_file()
+    kept = mi.Result.load(tmp_path / "out" / "results" / "probe")
+    assert kept.meta["groups"] == 10 and "mdl" in kept.data
+    assert float(mi.Result.load(tmp_path / "out-transfer").data["accuracy"].max()) == 1.0
+    done = invoke(
+        "probe-representations", folder, texts, "--label-field", "length", "--numbers", "--at", "all", "--site",
+        "embed", "--out", tmp_path / "numbers",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "R²" in done.stdout
+
+
+def test_probe_linguistic(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke(
+        "probe-linguistic", folder, "--task", "pos", "--task", "depth", "--task", "tense", "--site", "embed", "--limit",
+        72, "--folds", 3, "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "Probes of pos" in said and "word alone" in said and "Probes of depth" in said
+    assert mi.Result.load(out / "results" / "probe-pos").meta["taken"]["each"] == "word"
+    wrong = invoke("probe-linguistic", folder, "--task", "colour", "--out", tmp_path / "x")
+    assert wrong.exit_code == 1 and "no labels for 'colour'; it has pos" in " ".join(wrong.output.split())
+
+
+def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke(
+        "probe-concepts", folder, "--file", texts, "--group-field", "group", "--at", "end", "--site", "resid_post.2",
+        "--out", out, "--target", "good",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "texts: on 12 texts of templates set apart, good is told" in said and "no words to steer towards" in said
+    direction = out / "direction.safetensors"
+    assert mi.LinearProbe.load(direction).classes == ("bad", "good")
+    done = invoke(
+        "steer", folder, direction, "--prompt", "park school", "--strength", -3, "--strength", 3, "--word", " Mary",
+        "--tokens", 3, "--class", "good", "--out", tmp_path / "steer",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "good +3:" in done.stdout and (tmp_path / "steer" / "report.html").is_file()
+    wrong = invoke("probe-concepts", folder, "--file", texts, "--concept", "harm", "--out", tmp_path / "x")
+    assert wrong.exit_code == 2
+    wrong = invoke("probe-concepts", folder, "--concept", "weather", "--out", tmp_path / "x")
+    assert wrong.exit_code == 1 and "there is no concept 'weather'" in " ".join(wrong.output.split())
+
+
+def test_bad_files(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"text": "Mary", "label": "x"}))
+    for more, said in (
+        (["--label-field", "colour"], "has no field 'colour'; its fields are text, label"),
+        (["--numbers"], "which is no number; leave --numbers out"),
+        ([], "a probe needs two classes or more"),
+    ):
+        done = invoke("probe-representations", folder, path, *more, "--out", tmp_path / "x")
+        assert done.exit_code == 1 and said in " ".join(done.output.split()), done.output
+
+
+def test_a_concept_from_texts_to_steering(tmp_path: Path) -> None:
+    """The class is in the last word, the words to steer towards are the same: moving along it moves them."""
+    model = mi.testing.tiny("llama")
+    made = rows()
+    examples = mi.Examples.of([r["text"] for r in made], labels=[r["label"] for r in made])
+    targets = {"good": tuple(f" {w}" for w in GOOD), "bad": tuple(f" {w}" for w in BAD)}
+    concept = Concept(
+        "names", ("good", "bad"), examples, tuple(r["group"] for r in made), targets, ("park school", "ring book drink")
+    )
+    study = mi.studies.concept_study(model, concept, positions="end", max_new_tokens=3)
+    assert set(study.results) == {"directions", "probe", "steering", "text"} and study.target == "good"
+    data: Any = study.results["directions"].data
+    assert float(data["test_auroc"].sel({"site": "resid_pre.0", "class": "good"})) == 1.0
+    distance = float((study.probe.weight[1] - study.probe.weight[0]).norm())
+    np.testing.assert_allclose(
+        study.results["steering"].data["strength"], np.array([-2, -1, 1, 2]) * distance, rtol=1e-5
+    )
+    assert len(study.summary()) == 3 and "Steering by" in study.summary()[1]
+    page = study.write(tmp_path / "study")
+    assert page.is_file()
+    kept = mi.LinearProbe.load(tmp_path / "study" / "direction.safetensors")
+    assert kept.site == study.probe.site and kept.classes == ("bad", "good")
