@@ -24,6 +24,7 @@ from mechinterp.cli.attribution import (
 from mechinterp.cli.causal import patch, trace
 from mechinterp.cli.circuit import circuit
 from mechinterp.cli.classifier import app as classifier
+from mechinterp.cli.features import concept_bottleneck_analysis, features
 from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
 from mechinterp.cli.study import (
@@ -159,6 +160,8 @@ app.command()(explain_prediction)
 app.command()(analyze_gradients)
 app.command()(rank_neuron_importance)
 app.command()(compare_finetuned)
+app.command()(features)
+app.command()(concept_bottleneck_analysis)
 app.add_typer(classifier, name="classifier")
 
 
