@@ -38,6 +38,8 @@ _NAMES = {
     "Steer": "mechinterp.core.interventions",
     "Knockout": "mechinterp.core.interventions",
     "Apply": "mechinterp.core.interventions",
+    "SparseAutoencoder": "mechinterp.model.autoencoder",
+    "EditFeatures": "mechinterp.model.autoencoder",
     "Metric": "mechinterp.core.metrics",
     "log_odds": "mechinterp.core.metrics",
     "logit_diff": "mechinterp.core.metrics",
@@ -95,6 +97,9 @@ _NAMES = {
     "ConceptDirections": "mechinterp.analyzers.concept_directions",
     "ConceptAssociation": "mechinterp.analyzers.concept_directions",
     "Steering": "mechinterp.analyzers.steering",
+    "Features": "mechinterp.analyzers.features",
+    "FeatureEffects": "mechinterp.analyzers.feature_effects",
+    "ConceptBottleneck": "mechinterp.analyzers.concept_bottleneck",
     "load_classifier": "mechinterp.model.classifier",
     "save_classifier": "mechinterp.model.classifier",
     "train_classifier": "mechinterp.studies.classifier_training",
@@ -121,11 +126,14 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.categories import AttentionByCategory as AttentionByCategory
     from mechinterp.analyzers.classifier_weights import ClassifierWeights as ClassifierWeights
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
+    from mechinterp.analyzers.concept_bottleneck import ConceptBottleneck as ConceptBottleneck
     from mechinterp.analyzers.concept_directions import ConceptAssociation as ConceptAssociation
     from mechinterp.analyzers.concept_directions import ConceptDirections as ConceptDirections
     from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
+    from mechinterp.analyzers.feature_effects import FeatureEffects as FeatureEffects
+    from mechinterp.analyzers.features import Features as Features
     from mechinterp.analyzers.gradients import GradientAnalysis as GradientAnalysis
     from mechinterp.analyzers.gradients import NeuronImportance as NeuronImportance
     from mechinterp.analyzers.head_weights import HeadWeights as HeadWeights
@@ -245,6 +253,8 @@ if TYPE_CHECKING:
     from mechinterp.engine.runner import run as run
     from mechinterp.engine.verify import Verification as Verification
     from mechinterp.engine.verify import verify as verify
+    from mechinterp.model.autoencoder import EditFeatures as EditFeatures
+    from mechinterp.model.autoencoder import SparseAutoencoder as SparseAutoencoder
     from mechinterp.model.classifier import load_classifier as load_classifier
     from mechinterp.model.classifier import save_classifier as save_classifier
     from mechinterp.model.factored import FactoredMatrix as FactoredMatrix

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mechinterp.core.analyzer import Analyzer, Batch, Grad, Needs, Wanted, as_reads
 from mechinterp.core.examples import Examples
@@ -18,8 +20,9 @@ from mechinterp.core.trace import Read
 from mechinterp.engine.runner import run
 from mechinterp.errors import MechinterpError, ModelError, NeedsError
 from mechinterp.model.architecture import FAMILIES
+from mechinterp.model.autoencoder import SparseAutoencoder
 from mechinterp.model.model import Model
-from mechinterp.sites import Sites
+from mechinterp.sites import Site, Sites
 from mechinterp.tasks.agreement import WORDS as AGREEMENT
 from mechinterp.tasks.capitals import WORDS as CAPITALS
 from mechinterp.tasks.greater_than import WORDS as YEARS
@@ -96,6 +99,34 @@ def tiny(
             elif name.endswith("bias"):
                 torch.nn.init.uniform_(parameter, -0.5, 0.5)
     return Model(hf.eval(), tokenizer, f"tiny-{family}")
+
+
+def train_sae(
+    x: Float[Tensor, "token dim"], site: Site, *, features: int = 64, k: int = 4, steps: int = 1000, seed: int = 0
+) -> SparseAutoencoder:
+    """A topk SAE of some activations, trained in seconds: for tests and examples.
+
+    Squared error alone, decoder rows kept at length 1 (Gao et al. 2024), and nothing that revives dead features.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scale = float((x - x.mean(0)).norm(dim=-1).mean())
+    directions = torch.randn(features, x.shape[1], generator=generator)
+    directions /= directions.norm(dim=-1, keepdim=True)
+    made = [directions.T.clone(), torch.zeros(features), directions, x.mean(0) / scale]
+    weights = [tensor.requires_grad_() for tensor in made]
+    W_enc, b_enc, W_dec, b_dec = weights
+    optimizer = torch.optim.Adam(weights, 3e-3)
+    with torch.enable_grad():
+        for _ in range(steps):
+            some = x[torch.randint(len(x), (256,), generator=generator)] / scale
+            top = ((some - b_dec) @ W_enc + b_enc).topk(k)
+            f = torch.zeros(len(some), features).scatter(1, top.indices, top.values.relu())
+            optimizer.zero_grad()
+            (f @ W_dec + b_dec - some).square().sum(-1).mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                W_dec /= W_dec.norm(dim=-1, keepdim=True)
+    return SparseAutoencoder(site, W_enc, b_enc * scale, W_dec, b_dec * scale, "topk", k=k)
 
 
 def hook_count(hf: torch.nn.Module) -> int:

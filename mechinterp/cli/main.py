@@ -24,6 +24,7 @@ from mechinterp.cli.attribution import (
 from mechinterp.cli.causal import patch, trace
 from mechinterp.cli.circuit import circuit
 from mechinterp.cli.classifier import app as classifier
+from mechinterp.cli.features import concept_bottleneck_analysis, features
 from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
 from mechinterp.cli.probing import probe_concepts, probe_linguistic, probe_representations, steer
@@ -164,6 +165,8 @@ app.command()(probe_representations)
 app.command()(probe_linguistic)
 app.command()(probe_concepts)
 app.command()(steer)
+app.command()(features)
+app.command()(concept_bottleneck_analysis)
 app.add_typer(classifier, name="classifier")
 
 

@@ -79,6 +79,29 @@ def summarize(values: npt.ArrayLike, seed: int = 0, resamples: int = 2000) -> Su
     return Summary(*(c.reshape(shape) for c in (mean, low, high, p, fdr(p))))
 
 
+def ratio(
+    top: npt.ArrayLike, bottom: npt.ArrayLike, seed: int = 0, resamples: int = 2000
+) -> tuple[Array, Array, Array]:
+    """Σ top / Σ bottom over examples, ``example *cells`` each, with its 95% percentile bootstrap interval.
+
+    NaN where Σ bottom is 0; the interval is NaN where there is one example.
+    """
+    one, two = np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)
+    n = len(one)
+
+    def divided(a: Array, b: Array) -> Array:
+        return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b != 0)
+
+    value = divided(np.asarray(one.sum(0)), np.asarray(two.sum(0)))
+    if n < 2:
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)  # as in _resampled
+    drawn = divided(np.tensordot(counts, one, 1), np.tensordot(counts, two, 1))
+    there = np.isfinite(value)
+    low, high = np.nanquantile(np.where(there, drawn, 0.0), [0.025, 0.975], axis=0)
+    return value, np.where(there, low, np.nan), np.where(there, high, np.nan)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Two groups of examples, cell by cell, each of the shape of one example.

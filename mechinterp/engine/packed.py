@@ -25,6 +25,7 @@ from mechinterp.engine.runs import Known, Runs
 from mechinterp.engine.sweep import Grid, entries
 from mechinterp.errors import NeedsError
 from mechinterp.model.attention import PREFIX
+from mechinterp.model.autoencoder import EditFeatures
 from mechinterp.model.hooks import CAPTURING
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, select
@@ -34,7 +35,7 @@ BUDGET = 1 << 30
 """Bytes that a sweep may take beside the model."""
 TOKENS = 1 << 12
 """Tokens in flight at most on a CPU, where larger tensors gain nothing and are given back to the system each time."""
-_FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout)
+_FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout, EditFeatures)
 """Interventions that make of each position what does not depend on the others; a user's own may."""
 
 

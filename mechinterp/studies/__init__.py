@@ -5,6 +5,7 @@ from mechinterp.studies.agreement import compare_attributions as compare_attribu
 from mechinterp.studies.any_classifier import attribute_classifier as attribute_classifier
 from mechinterp.studies.attention import AttentionStudy as AttentionStudy
 from mechinterp.studies.attention import attention_study as attention_study
+from mechinterp.studies.bottleneck import concept_bottleneck as concept_bottleneck
 from mechinterp.studies.circuits import Circuit as Circuit
 from mechinterp.studies.classical import TfidfClassifier as TfidfClassifier
 from mechinterp.studies.classical import tfidf_classifier as tfidf_classifier
@@ -59,6 +60,7 @@ __all__ = [
     "classify",
     "completeness",
     "concept_study",
+    "concept_bottleneck",
     "discover",
     "erase_tokens",
     "explain_prediction",
