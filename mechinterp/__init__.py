@@ -82,6 +82,8 @@ _NAMES = {
     "EdgeAttribution": "mechinterp.analyzers.edges",
     "GradientAnalysis": "mechinterp.analyzers.gradients",
     "NeuronImportance": "mechinterp.analyzers.gradients",
+    "MaxActivating": "mechinterp.analyzers.max_activating",
+    "ConceptNeurons": "mechinterp.analyzers.concept_neurons",
     "TokenAttribution": "mechinterp.analyzers.token_attribution",
     "ClassifierWeights": "mechinterp.analyzers.classifier_weights",
     "Trajectory": "mechinterp.analyzers.trajectory",
@@ -114,6 +116,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.categories import AttentionByCategory as AttentionByCategory
     from mechinterp.analyzers.classifier_weights import ClassifierWeights as ClassifierWeights
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
+    from mechinterp.analyzers.concept_neurons import ConceptNeurons as ConceptNeurons
     from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
@@ -123,6 +126,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.hotspots import Hotspots as Hotspots
     from mechinterp.analyzers.lens import LogitLens as LogitLens
+    from mechinterp.analyzers.max_activating import MaxActivating as MaxActivating
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns

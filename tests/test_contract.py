@@ -53,6 +53,7 @@ def test_the_whole_table(number: int) -> None:
 def test_the_whole_table_is_checked() -> None:
     elsewhere = {mi.AttentionByCategory, mi.AttentionPatterns, mi.AttentionProfile}  # test_categories, test_patterns
     elsewhere |= {mi.TokenAttribution, mi.GradientAnalysis, mi.NeuronImportance}  # in theirs
+    elsewhere |= {mi.MaxActivating, mi.ConceptNeurons}
     elsewhere |= {mi.ClassifierWeights, mi.Trajectory, mi.HighScoreTokens, mi.SpuriousPatterns, mi.DimensionCorrelation}
     assert {type(analyzer) for analyzer, _ in ANALYZERS} | elsewhere == {find(name) for name in TABLE}
 

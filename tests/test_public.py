@@ -74,6 +74,8 @@ NAMES = [
     "EdgeAttribution",
     "GradientAnalysis",
     "NeuronImportance",
+    "MaxActivating",
+    "ConceptNeurons",
     "TokenAttribution",
     "ClassifierWeights",
     "Trajectory",
