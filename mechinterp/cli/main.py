@@ -26,6 +26,7 @@ from mechinterp.cli.circuit import circuit
 from mechinterp.cli.classifier import app as classifier
 from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
+from mechinterp.cli.neurons import analyze_activations, find_concept_neurons
 from mechinterp.cli.study import (
     Adapter,
     Debug,
@@ -158,6 +159,8 @@ app.command()(feature_attribution)
 app.command()(explain_prediction)
 app.command()(analyze_gradients)
 app.command()(rank_neuron_importance)
+app.command()(analyze_activations)
+app.command()(find_concept_neurons)
 app.command()(compare_finetuned)
 app.add_typer(classifier, name="classifier")
 
