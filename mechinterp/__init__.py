@@ -85,6 +85,8 @@ _NAMES = {
     "EdgeAttribution": "mechinterp.analyzers.edges",
     "GradientAnalysis": "mechinterp.analyzers.gradients",
     "NeuronImportance": "mechinterp.analyzers.gradients",
+    "MaxActivating": "mechinterp.analyzers.max_activating",
+    "ConceptNeurons": "mechinterp.analyzers.concept_neurons",
     "TokenAttribution": "mechinterp.analyzers.token_attribution",
     "ClassifierWeights": "mechinterp.analyzers.classifier_weights",
     "Trajectory": "mechinterp.analyzers.trajectory",
@@ -129,6 +131,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.concept_bottleneck import ConceptBottleneck as ConceptBottleneck
     from mechinterp.analyzers.concept_directions import ConceptAssociation as ConceptAssociation
     from mechinterp.analyzers.concept_directions import ConceptDirections as ConceptDirections
+    from mechinterp.analyzers.concept_neurons import ConceptNeurons as ConceptNeurons
     from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
@@ -140,6 +143,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.heads import HeadRoles as HeadRoles
     from mechinterp.analyzers.hotspots import Hotspots as Hotspots
     from mechinterp.analyzers.lens import LogitLens as LogitLens
+    from mechinterp.analyzers.max_activating import MaxActivating as MaxActivating
     from mechinterp.analyzers.patching import ActivationPatching as ActivationPatching
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns

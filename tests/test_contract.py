@@ -54,6 +54,7 @@ def test_the_whole_table_is_checked() -> None:
     elsewhere = {mi.AttentionByCategory, mi.AttentionPatterns, mi.AttentionProfile}  # test_categories, test_patterns
     elsewhere |= {mi.TokenAttribution, mi.GradientAnalysis, mi.NeuronImportance}  # in theirs
     elsewhere |= {mi.Probe, mi.ProbeTransfer, mi.ConceptDirections, mi.ConceptAssociation, mi.Steering}
+    elsewhere |= {mi.MaxActivating, mi.ConceptNeurons}
     elsewhere |= {mi.ClassifierWeights, mi.Trajectory, mi.HighScoreTokens, mi.SpuriousPatterns, mi.DimensionCorrelation}
     elsewhere |= {mi.Features, mi.FeatureEffects, mi.ConceptBottleneck}  # test_features, test_bottleneck
     assert {type(analyzer) for analyzer, _ in ANALYZERS} | elsewhere == {find(name) for name in TABLE}

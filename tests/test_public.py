@@ -77,6 +77,8 @@ NAMES = [
     "EdgeAttribution",
     "GradientAnalysis",
     "NeuronImportance",
+    "MaxActivating",
+    "ConceptNeurons",
     "TokenAttribution",
     "ClassifierWeights",
     "Trajectory",

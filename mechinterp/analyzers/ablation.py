@@ -132,7 +132,7 @@ class Ablation(Analyzer):
     def _then(self, means: Mapping[int, Tensor] | None) -> "_Each":
         """The round that ablates."""
         if means is not None:
-            return _Each(self, partial(_mean, means))
+            return _Each(self, partial(mean_at, means))
         return _Each(self, Zero if self.method == "zero" else None)
 
     @property
@@ -251,7 +251,7 @@ class _Together(Analyzer):
         return Result(data[[*first, *(n for n in data.data_vars if n not in first)]], {}, (*self.each.views, view))
 
 
-def _mean(means: Mapping[int, Tensor], site: Site) -> Mean:
+def mean_at(means: Mapping[int, Tensor], site: Site) -> Mean:
     """Puts the mean of a site's own heads and neurons there."""
     assert site.layer is not None
     mean = means[site.layer]

@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp import sites
+from mechinterp.analyzers.neuron_sets import RANDOM, curves, switched_off
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Grad, Model, Needs, Path, Sweep
 from mechinterp.core.interventions import Zero
 from mechinterp.core.metrics import Metric, answer_logit
@@ -22,8 +23,6 @@ from mechinterp.sites import Site
 
 KINDS = ("resid_post", "attn_out", "mlp_out")
 NeuronMethod: TypeAlias = Literal["gradient", "gradient-x-activation", "integrated-gradients"]
-RANDOM = 5
-"""Random sets of neurons for each size of the control."""
 
 
 @dataclass(frozen=True)
@@ -199,15 +198,9 @@ class _SwitchedOff(Analyzer):
         return [one[:size] for one in (order, *shuffled) for size in self.asked.sizes]
 
     def needs(self, model: Model) -> Needs:
-        rows = tuple(self._row(chosen) for chosen in self._sets())
+        layers, neurons = self.ranking.score.shape
+        rows = tuple(switched_off(chosen, range(layers), neurons, Zero) for chosen in self._sets())
         return Needs(sweeps={"off": Sweep(self.asked.metric, rows=rows, base="clean")})
-
-    def _row(self, chosen: npt.NDArray[np.intp]) -> tuple[Zero, ...]:
-        layers, neurons = np.unravel_index(chosen, self.ranking.score.shape)
-        return tuple(
-            Zero(sites.mlp_act(int(layer), neurons=tuple(sorted(neurons[layers == layer].tolist()))))
-            for layer in np.unique(layers)
-        )
 
     def observe(self, batch: Batch) -> Part:
         swept = batch.sweeps["off"]
@@ -216,8 +209,7 @@ class _SwitchedOff(Analyzer):
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         data = Result.of(parts).data
-        left = data["left"].transpose("example", "row").values.reshape(data.sizes["example"], 1 + RANDOM, -1)
-        curve = summarize(np.stack([left[:, 0], left[:, 1:].mean(1)], 1), context.seed)
+        curve = summarize(curves(data["left"].transpose("example", "row").values, self.asked.sizes), context.seed)
         score = self.ranking.score
         rank = np.empty(score.size, int)
         rank[self.ranking.order] = np.arange(score.size)

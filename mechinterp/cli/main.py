@@ -27,6 +27,7 @@ from mechinterp.cli.classifier import app as classifier
 from mechinterp.cli.features import concept_bottleneck_analysis, features
 from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
+from mechinterp.cli.neurons import analyze_activations, find_concept_neurons
 from mechinterp.cli.probing import probe_concepts, probe_linguistic, probe_representations, steer
 from mechinterp.cli.study import (
     Adapter,
@@ -160,6 +161,8 @@ app.command()(feature_attribution)
 app.command()(explain_prediction)
 app.command()(analyze_gradients)
 app.command()(rank_neuron_importance)
+app.command()(analyze_activations)
+app.command()(find_concept_neurons)
 app.command()(compare_finetuned)
 app.command()(probe_representations)
 app.command()(probe_linguistic)

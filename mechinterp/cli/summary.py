@@ -38,6 +38,10 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
             out += _probe(result)
         if result.meta.get("analyzer") == "ConceptDirections":
             out += _directions(result)
+        if result.meta.get("analyzer") == "ActivationStats":
+            out += _activations(result)
+        if result.meta.get("analyzer") == "ConceptNeurons":
+            out += _concepts(result)
     return out + _shared(plan, results)
 
 
@@ -239,6 +243,72 @@ def _cell(row: dict[Any, Any], data: Any) -> str:
             where += f" ({visible(here.pop())})" if len(here) == 1 else ""
     interval = "" if math.isnan(row["ci_low"]) else f" ({row['ci_low']:.2f} to {row['ci_high']:.2f})"
     return f"{where}: {row['effect']:.2f}{interval}"
+
+
+def _activations(result: Result) -> list[str]:
+    """Of each kind, over all tokens but the first: how sparse, what never acts, and the outlier dimensions."""
+    data: Any = result.data
+    n = int(data["tokens"].sum())
+    texts = count(int(data["tokens"].sel(token="first")), "text")
+    out = [f"{count(n, 'token')} of {texts}; what follows leaves out the first of each."]
+    for kind in data["kind"].values.tolist():
+        one = data.sel(kind=kind, token="rest")
+        if not np.isfinite(one["rms"].values).any():
+            continue
+        low, high = float(one["rms"].min()), float(one["rms"].max())
+        worst = one.isel(layer=int(one["never_positive"].values.argmax()))
+        most = one.isel(layer=int(one["outliers"].values.argmax()))
+        listed = str(most["outlier_dims"].item()).split()[:CELLS]
+        out.append(
+            f"{kind}: rms {low:.3g} to {high:.3g} by layer; Hoyer sparsity {float(one['hoyer'].mean()):.2f};"
+            f" {float(one['near_zero'].mean()):.0%} of numbers are near zero; never above 0 are at most"
+            f" {int(worst['never_positive'])} dimensions (layer {int(worst['layer'])});"
+            f" {int(one['outliers'].sum())} outlier dimensions over all layers"
+            + (f", most in layer {int(most['layer'])} ({', '.join(listed)}{_more(most, listed)})." if listed else ".")
+        )
+    return out
+
+
+def _more(layer: Any, listed: Sequence[str]) -> str:
+    rest = int(layer["outliers"]) - len(listed)
+    return f" and {rest} more" if rest > 0 else ""
+
+
+def _concepts(result: Result) -> list[str]:
+    """Of each label, how many neurons go with it, the best of them on held-out texts, and what they do."""
+    data: Any = result.data
+    left_out = int(result.meta["unlabelled"])
+    out = [f"{count(left_out, 'text')} without a label left out."] if left_out else []
+    for label in data["label"].values.tolist():
+        one = data.sel(label=label)
+        tested = int(np.isfinite(one["p"].values).sum())
+        columns = ("site", "held_out_auroc", "held_out_auroc_ci_low", "held_out_auroc_ci_high")
+        best = zip(*(one[name].values[:CELLS].tolist() for name in columns), strict=True)
+        named = [f"{site} {auroc:.2f} ({low:.2f} to {high:.2f})" for site, auroc, low, high in best]
+        out.append(
+            f"{visible(label, 20, spaces=False)} ({count(int(one['texts']), 'text')}): {int(one['significant'].sum())}"
+            f" of {tested:,} neurons go with it (q < .05); AUROC of the best on the {int(one['held_out'])} held-out"
+            f" texts of the label and the others: {', '.join(named)}."
+        )
+        if "effect" in data:
+            out.append(_off(one, visible(label, 20, spaces=False), str(result.meta["metric"])))
+    return out
+
+
+def _off(one: Any, label: str, metric: str) -> str:
+    """What switching the most neurons off together does, beside random ones."""
+    last = one.isel(size=-1)
+
+    def said(order: str, on: str) -> str:
+        cell = last.sel(order=order, on=on)
+        low, high = float(cell["effect_ci_low"]), float(cell["effect_ci_high"])
+        return f"{float(cell['effect']):+.3f} ({low:+.3f} to {high:+.3f})"
+
+    return (
+        f"The first {int(last['size'])} of them switched off change the {metric} by {said('ranked', 'label')} on"
+        f" held-out texts of {label} and {said('ranked', 'rest')} on the others; as many random neurons of the same"
+        f" layers by {said('random', 'label')} and {said('random', 'rest')}."
+    )
 
 
 def _shared(plan: Plan, results: Sequence[Result]) -> list[str]:
