@@ -88,6 +88,10 @@ _NAMES = {
     "HighScoreTokens": "mechinterp.analyzers.trajectory",
     "SpuriousPatterns": "mechinterp.analyzers.spurious",
     "DimensionCorrelation": "mechinterp.analyzers.dimensions",
+    "Similarity": "mechinterp.analyzers.similarity",
+    "GroupSimilarity": "mechinterp.analyzers.similarity",
+    "CrossLingual": "mechinterp.analyzers.cross_lingual",
+    "RepresentationMap": "mechinterp.analyzers.representation_map",
     "load_classifier": "mechinterp.model.classifier",
     "save_classifier": "mechinterp.model.classifier",
     "train_classifier": "mechinterp.studies.classifier_training",
@@ -114,6 +118,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.categories import AttentionByCategory as AttentionByCategory
     from mechinterp.analyzers.classifier_weights import ClassifierWeights as ClassifierWeights
     from mechinterp.analyzers.clusters import HeadClusters as HeadClusters
+    from mechinterp.analyzers.cross_lingual import CrossLingual as CrossLingual
     from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
@@ -127,6 +132,9 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.paths import PathPatching as PathPatching
     from mechinterp.analyzers.patterns import AttentionPatterns as AttentionPatterns
     from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
+    from mechinterp.analyzers.representation_map import RepresentationMap as RepresentationMap
+    from mechinterp.analyzers.similarity import GroupSimilarity as GroupSimilarity
+    from mechinterp.analyzers.similarity import Similarity as Similarity
     from mechinterp.analyzers.spurious import SpuriousPatterns as SpuriousPatterns
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.syntax import SyntacticHeads as SyntacticHeads

@@ -54,6 +54,7 @@ def test_the_whole_table_is_checked() -> None:
     elsewhere = {mi.AttentionByCategory, mi.AttentionPatterns, mi.AttentionProfile}  # test_categories, test_patterns
     elsewhere |= {mi.TokenAttribution, mi.GradientAnalysis, mi.NeuronImportance}  # in theirs
     elsewhere |= {mi.ClassifierWeights, mi.Trajectory, mi.HighScoreTokens, mi.SpuriousPatterns, mi.DimensionCorrelation}
+    elsewhere |= {mi.Similarity, mi.GroupSimilarity, mi.CrossLingual, mi.RepresentationMap}
     assert {type(analyzer) for analyzer, _ in ANALYZERS} | elsewhere == {find(name) for name in TABLE}
 
 

@@ -26,6 +26,7 @@ from mechinterp.cli.circuit import circuit
 from mechinterp.cli.classifier import app as classifier
 from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
+from mechinterp.cli.representations import compare_languages, representations
 from mechinterp.cli.study import (
     Adapter,
     Debug,
@@ -159,6 +160,8 @@ app.command()(explain_prediction)
 app.command()(analyze_gradients)
 app.command()(rank_neuron_importance)
 app.command()(compare_finetuned)
+app.command()(compare_languages)
+app.command()(representations)
 app.add_typer(classifier, name="classifier")
 
 

@@ -30,6 +30,10 @@ from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 from mechinterp.studies.labelled import Labelled as Labelled
 from mechinterp.studies.labelled import read_labelled as read_labelled
+from mechinterp.studies.parallel import Parallel as Parallel
+from mechinterp.studies.parallel import read_parallel as read_parallel
+from mechinterp.studies.representations import compare_representations as compare_representations
+from mechinterp.studies.representations import concept_drift as concept_drift
 from mechinterp.studies.training import Training as Training
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "Explanation",
     "FinetunedComparison",
     "Labelled",
+    "Parallel",
     "Training",
     "Flow",
     "TfidfClassifier",
@@ -49,6 +54,8 @@ __all__ = [
     "compare_attributions",
     "compare_finetuned",
     "compare_models",
+    "compare_representations",
+    "concept_drift",
     "StudyConfig",
     "attention_study",
     "classify",
@@ -61,6 +68,7 @@ __all__ = [
     "finetune",
     "minimality",
     "read_labelled",
+    "read_parallel",
     "shorten",
     "tfidf_classifier",
     "trace_information_flow",
