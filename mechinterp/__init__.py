@@ -102,6 +102,10 @@ _NAMES = {
     "Features": "mechinterp.analyzers.features",
     "FeatureEffects": "mechinterp.analyzers.feature_effects",
     "ConceptBottleneck": "mechinterp.analyzers.concept_bottleneck",
+    "Similarity": "mechinterp.analyzers.similarity",
+    "GroupSimilarity": "mechinterp.analyzers.similarity",
+    "CrossLingual": "mechinterp.analyzers.cross_lingual",
+    "RepresentationMap": "mechinterp.analyzers.representation_map",
     "load_classifier": "mechinterp.model.classifier",
     "save_classifier": "mechinterp.model.classifier",
     "train_classifier": "mechinterp.studies.classifier_training",
@@ -132,6 +136,7 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.concept_directions import ConceptAssociation as ConceptAssociation
     from mechinterp.analyzers.concept_directions import ConceptDirections as ConceptDirections
     from mechinterp.analyzers.concept_neurons import ConceptNeurons as ConceptNeurons
+    from mechinterp.analyzers.cross_lingual import CrossLingual as CrossLingual
     from mechinterp.analyzers.dimensions import DimensionCorrelation as DimensionCorrelation
     from mechinterp.analyzers.direct import DirectLogitAttribution as DirectLogitAttribution
     from mechinterp.analyzers.edges import EdgeAttribution as EdgeAttribution
@@ -150,6 +155,9 @@ if TYPE_CHECKING:
     from mechinterp.analyzers.patterns import AttentionProfile as AttentionProfile
     from mechinterp.analyzers.probe import Probe as Probe
     from mechinterp.analyzers.probe import ProbeTransfer as ProbeTransfer
+    from mechinterp.analyzers.representation_map import RepresentationMap as RepresentationMap
+    from mechinterp.analyzers.similarity import GroupSimilarity as GroupSimilarity
+    from mechinterp.analyzers.similarity import Similarity as Similarity
     from mechinterp.analyzers.spurious import SpuriousPatterns as SpuriousPatterns
     from mechinterp.analyzers.stats import ActivationStats as ActivationStats
     from mechinterp.analyzers.steering import Steering as Steering

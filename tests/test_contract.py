@@ -57,6 +57,7 @@ def test_the_whole_table_is_checked() -> None:
     elsewhere |= {mi.MaxActivating, mi.ConceptNeurons}
     elsewhere |= {mi.ClassifierWeights, mi.Trajectory, mi.HighScoreTokens, mi.SpuriousPatterns, mi.DimensionCorrelation}
     elsewhere |= {mi.Features, mi.FeatureEffects, mi.ConceptBottleneck}  # test_features, test_bottleneck
+    elsewhere |= {mi.Similarity, mi.GroupSimilarity, mi.CrossLingual, mi.RepresentationMap}
     assert {type(analyzer) for analyzer, _ in ANALYZERS} | elsewhere == {find(name) for name in TABLE}
 
 

@@ -29,6 +29,7 @@ from mechinterp.cli.finetuned import compare_finetuned
 from mechinterp.cli.looking import compare_attention, compare_models_attention, visualize_attention
 from mechinterp.cli.neurons import analyze_activations, find_concept_neurons
 from mechinterp.cli.probing import probe_concepts, probe_linguistic, probe_representations, steer
+from mechinterp.cli.representations import compare_languages, representations
 from mechinterp.cli.study import (
     Adapter,
     Debug,
@@ -170,6 +171,8 @@ app.command()(probe_concepts)
 app.command()(steer)
 app.command()(features)
 app.command()(concept_bottleneck_analysis)
+app.command()(compare_languages)
+app.command()(representations)
 app.add_typer(classifier, name="classifier")
 
 

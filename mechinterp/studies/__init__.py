@@ -34,6 +34,10 @@ from mechinterp.studies.flow import Flow as Flow
 from mechinterp.studies.flow import trace_information_flow as trace_information_flow
 from mechinterp.studies.labelled import Labelled as Labelled
 from mechinterp.studies.labelled import read_labelled as read_labelled
+from mechinterp.studies.parallel import Parallel as Parallel
+from mechinterp.studies.parallel import read_parallel as read_parallel
+from mechinterp.studies.representations import compare_representations as compare_representations
+from mechinterp.studies.representations import concept_drift as concept_drift
 from mechinterp.studies.steering import steered_text as steered_text
 from mechinterp.studies.training import Training as Training
 
@@ -46,6 +50,7 @@ __all__ = [
     "Explanation",
     "FinetunedComparison",
     "Labelled",
+    "Parallel",
     "Training",
     "Flow",
     "TfidfClassifier",
@@ -55,6 +60,8 @@ __all__ = [
     "compare_attributions",
     "compare_finetuned",
     "compare_models",
+    "compare_representations",
+    "concept_drift",
     "StudyConfig",
     "attention_study",
     "classify",
@@ -70,6 +77,7 @@ __all__ = [
     "minimality",
     "read_labelled",
     "safety_study",
+    "read_parallel",
     "shorten",
     "steered_text",
     "tfidf_classifier",

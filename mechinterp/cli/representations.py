@@ -1,0 +1,284 @@
+"""mechinterp representations and compare-languages: how alike layers, groups and languages are, and maps of them."""
+
+import importlib.util
+import shlex
+import sys
+import textwrap
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import mechinterp as mi
+from mechinterp.cli.causal import BatchSize
+from mechinterp.cli.study import (
+    PROVENANCE,
+    Adapter,
+    Debug,
+    Device,
+    Dtype,
+    ModelName,
+    Out,
+    Seed,
+    check_out,
+    explanation,
+    reported,
+)
+from mechinterp.core.display import count
+from mechinterp.errors import ExamplesError
+
+
+class Where(StrEnum):
+    all = "all"
+    end = "end"
+
+
+class Map(StrEnum):
+    pca = "pca"
+    umap = "umap"
+    none = "none"
+
+
+Position = Annotated[
+    Where, typer.Option("--position", help="The mean over a text's tokens but the first, or its last token.")
+]
+MapOption = Annotated[
+    Map | None,
+    typer.Option("--map", help="How the map is made; umap takes the extra [umap]. PCA by default.", show_default=False),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many, drawn at random.")]
+
+
+def compare_languages(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .tsv, .csv, .json or .jsonl file with a column per language.")
+    ],
+    language: Annotated[
+        list[str] | None, typer.Option("--language", help="A column; repeat. By default all but id.")
+    ] = None,
+    limit: Limit = None,
+    position: Position = Where.all,
+    drawn: MapOption = None,
+    batch_size: BatchSize = None,
+    model: ModelName = "smollm2",
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-languages"),
+    debug: Debug = False,
+) -> None:
+    """Whether sentences and their translations are represented alike: retrieval, similarity and a map, by layer."""
+    with reported(debug):
+        check_out(out)
+        parallel = mi.studies.read_parallel(file, language)
+        shown = parallel if limit is None else parallel.part(limit, seed)
+        for line in parallel.left_out:
+            typer.echo(line, err=True)
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
+        typer.echo(f"{loaded}\n")
+        units = _units(position)
+        asked = [mi.CrossLingual(shown.rows, units=units, seed=seed), *_map(drawn, units, seed)]
+        found = mi.run(loaded, shown.examples, asked, batch_size=batch_size, seed=seed, progress=True)
+        title = f"{count(len(shown.languages), 'language')} in {Path(model).name}"
+        about = {"examples": str(file), "sentences": len(shown), "left_out": list(parallel.left_out)}
+        options = {name: value for name, value in found[0].meta["options"].items() if name != "rows"}
+        _write([found[0].with_meta(options=options), *found[1:]], asked, out, title, _languages(found[0]), about)
+
+
+def representations(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .tsv, .csv, .json or .jsonl file of texts.")],
+    text_field: Annotated[str, typer.Option("--text-field")] = "text",
+    label_field: Annotated[str | None, typer.Option("--label-field", help="What the groups of texts are.")] = None,
+    limit: Limit = None,
+    position: Position = Where.end,
+    drawn: MapOption = None,
+    batch_size: BatchSize = None,
+    model: ModelName = "smollm2",
+    seed: Seed = 0,
+    adapter: Adapter = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    out: Out = Path("mechinterp-representations"),
+    debug: Debug = False,
+) -> None:
+    """How alike layers are, whether texts of a group are more alike than others, and a map of every layer."""
+    with reported(debug):
+        check_out(out)
+        examples = _texts(file, text_field, label_field, limit, seed)
+        loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
+        typer.echo(f"{loaded}\n")
+        units = _units(position)
+        asked: list[mi.Analyzer] = [mi.Similarity(units=units, seed=seed)]
+        if label_field is not None:
+            asked.append(mi.GroupSimilarity(units=units, seed=seed))
+        asked += _map(drawn, units, seed)
+        found = mi.run(loaded, examples, asked, batch_size=batch_size, seed=seed, progress=True)
+        summary = [line for result in found for line in _TOLD[str(result.meta["analyzer"])](result)]
+        title = f"Representations of {file.name} in {Path(model).name}"
+        _write(found, asked, out, title, summary, {"examples": str(file), "n_examples": len(examples)})
+
+
+def _units(position: Where) -> Any:
+    from mechinterp.analyzers.units import Units
+
+    return Units(position.value)
+
+
+def _map(drawn: Map | None, units: Any, seed: int) -> "list[mi.Analyzer]":
+    """The map that is asked for; by default one, if scikit-learn is there for its clusters."""
+    if drawn is None and importlib.util.find_spec("sklearn") is None:
+        typer.echo("no map: it takes scikit-learn; run: pip install 'mechinterp[attribution]'", err=True)
+        return []
+    if drawn is Map.none:
+        return []
+    return [mi.RepresentationMap(units=units, seed=seed, method="umap" if drawn is Map.umap else "pca")]
+
+
+def _texts(file: Path, text: str, label: str | None, limit: int | None, seed: int) -> "mi.Examples":
+    import numpy as np
+
+    from mechinterp.studies.labelled import file_rows
+
+    rows = file_rows(file)
+    if limit is not None:
+        rows = [rows[i] for i in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]
+    for name in (text, *([] if label is None else [label])):
+        if name not in rows[0]:
+            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
+        for i, row in enumerate(rows):
+            if not str(row.get(name) or "").strip():
+                raise ExamplesError(f"row {i + 1} of {file} has no {name!r}; correct it, or leave it out")
+    return mi.Examples.of(
+        [str(row[text]) for row in rows], labels=None if label is None else [str(row[label]) for row in rows]
+    )
+
+
+def _languages(found: "mi.Result") -> list[str]:
+    """For each pair of languages the layer where translations are found best."""
+    data: Any = found.data.sel(centring="each language")
+    axis = str(data["cka"].dims[1])
+    out: list[str] = []
+    for i, pair in enumerate(data["pair"].values):
+        plain, both = (
+            found.data["accuracy"].sel(centring=name).isel(direction=[2 * i, 2 * i + 1]).mean("direction")
+            for name in ("none", "each language")
+        )
+        if (at := _largest(both)) is None:
+            out.append(f"{pair}: the features are all the same.")
+            continue
+        here = data.isel({axis: at, "pair": i})
+        out.append(
+            f"{pair}, {count(int(here['sentences']), 'sentence')}: translations are found best in"
+            f" {axis} {data[axis].values[at]} ({float(both[at]):.0%} with each language centred,"
+            f" {float(plain[at]):.0%} without; chance {float(data['chance'][2 * i]):.1%});"
+            f" debiased CKA there {float(here['cka']):.2f} ({float(here['cka_ci_low']):.2f} to"
+            f" {float(here['cka_ci_high']):.2f})."
+        )
+    significant = int((data["q"] < 0.05).sum())
+    return [*out, f"{significant} of {data['q'].size} cells of direction and {axis} are above chance (q < .05)."]
+
+
+def _alike(found: "mi.Result") -> list[str]:
+    data: Any = found.data
+    axis = str(data["similarity"].dims[1])
+    out = [f"{count(found.meta['units'], 'unit')} of {found.meta['of']:,}, from {count(found.meta['texts'], 'text')}."]
+    if constant := found.meta["constant"]:
+        out.append(f"The features are the same in all units at {', '.join(constant)}: no similarity there.")
+    for measure in data["measure"].values:
+        one: Any = data["similarity"].sel(measure=measure)
+        n = one.sizes[axis]
+        neighbours = [float(one[i, i + 1]) for i in range(n - 1)]
+        if n > 1:
+            at = min(range(n - 1), key=lambda i: (neighbours[i] != neighbours[i], neighbours[i]))
+            out.append(
+                f"{str(measure).upper() if measure != 'cosine' else 'Cosine'}: the first and the last {axis}"
+                f" {float(one[0, -1]):.2f}; of neighbours, {data[axis].values[at]} and {data[axis].values[at + 1]} are"
+                f" least alike ({neighbours[at]:.2f})."
+            )
+    return out
+
+
+def _groups(found: "mi.Result") -> list[str]:
+    data: Any = found.data
+    axis = str(data["gap"].dims[1])
+    out: list[str] = []
+    for i, pair in enumerate(data["pair"].values):
+        one: Any = data.isel(pair=i)
+        if (at := _largest(one["gap"])) is None:
+            out.append(f"{pair}: no gap can be said, since some features have no length.")
+            continue
+        here = one.isel({axis: at})
+        out.append(
+            f"{pair}: texts are most alike within their groups in {axis} {data[axis].values[at]}, by"
+            f" {float(here['gap']):+.3f} in cosine ({float(here['gap_ci_low']):+.3f} to"
+            f" {float(here['gap_ci_high']):+.3f}, q {float(here['q']):.2g})."
+        )
+    return out
+
+
+def _clusters(found: "mi.Result") -> list[str]:
+    data: Any = found.data
+    axis = str(data["silhouette"].dims[0])
+    best: Any = data["ari"] if "ari" in data else data["silhouette"] - data["silhouette_null"]
+    if (at := _largest(best)) is None:
+        return ["No clusters: the features are all the same."]
+    here = data.isel({axis: at})
+    told = (
+        f"Clusters are most separate in {axis} {here[axis].item()}: silhouette {float(here['silhouette']):.2f} with"
+        f" {count(int(here['clusters']), 'cluster')}, {float(here['silhouette_null']):.2f} without any structure."
+    )
+    if "ari" in data:
+        told = (
+            f"Clusters and labels agree most in {axis} {here[axis].item()}: adjusted Rand index"
+            f" {float(here['ari']):.2f} (q {float(here['ari_q']):.2g}) with {count(int(here['clusters']), 'cluster')}."
+        )
+    return [told]
+
+
+def _largest(values: Any) -> int | None:
+    """Where a row is largest; None where nothing is known."""
+    numbers = values.values
+    return None if (numbers != numbers).all() else int(values.fillna(-2.0).values.argmax())
+
+
+_TOLD = {"Similarity": _alike, "GroupSimilarity": _groups, "RepresentationMap": _clusters}
+
+
+def _write(
+    found: "list[mi.Result]",
+    asked: "list[mi.Analyzer]",
+    out: Path,
+    title: str,
+    summary: list[str],
+    about: dict[str, Any],
+) -> None:
+    """Say what was found, and write it."""
+    from mechinterp.report.maps import representation_map
+    from mechinterp.report.study import write_study
+
+    for line in summary:
+        typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
+    maps = [representation_map(result) for result in found if "coordinate" in result.data]
+    manifest = {
+        **{key: found[0].meta[key] for key in PROVENANCE},
+        "analyzers": {str(r.meta["analyzer"]): dict(r.meta["options"]) for r in found},
+        **about,
+        "command": shlex.join(["mechinterp", *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    explanations = {one.name: explanation(type(one)) for one in asked}
+    typer.echo("\nwriting tables, figures and the report ...", err=True)
+    report = write_study(
+        out,
+        title,
+        found,
+        plan="",
+        manifest=manifest,
+        summary=summary,
+        explanations=explanations,
+        drawings={"Map": maps[0]} if maps else None,
+    )
+    typer.echo(f"\nreport: {report}")
