@@ -23,7 +23,7 @@ LABELS = ["first", "second", "third"] * 4
 
 
 def test_the_contract() -> None:
-    examples = mi.Examples.of(TEXTS, LABELS, answers=[(" Mary", " John")] * len(TEXTS))
+    examples = mi.Examples.of(TEXTS[:7], LABELS[:7], answers=[(" Mary", " John")] * 7)
     check_analyzer(mi.RepresentationMap("resid_post.1"), examples, models=[tiny("qwen3", layers=2)], ties=("cluster",))
 
 

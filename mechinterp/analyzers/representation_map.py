@@ -135,8 +135,9 @@ class RepresentationMap(Sampled):
         numbers = [given] if given else range(2, min(MOST_CLUSTERS, len(scores) - 1) + 1)
         best, score = np.zeros(len(scores), dtype=int), -np.inf
         for k in numbers:
-            how: Any = (
-                KMeans(k, n_init=4, random_state=self.seed) if self.clustering == "kmeans" else
+            kmeans: Any = KMeans  # whose stub says that n_init is a string
+            how = (
+                kmeans(k, n_init=4, random_state=self.seed) if self.clustering == "kmeans" else
                 AgglomerativeClustering(k)
             )  # fmt: skip
             with warnings.catch_warnings():

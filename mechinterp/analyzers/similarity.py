@@ -174,7 +174,7 @@ class Similarity(Sampled):
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         kept, reads = self.kept(parts), self.reads(context.model)
-        found = {
+        found: dict[Measure, Likeness] = {
             name: likeness(kept.x, kept.x, name, kept.owner, draws=self.draws, seed=self.seed)
             for name in self.measures
         }  # fmt: skip

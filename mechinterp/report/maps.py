@@ -29,8 +29,8 @@ def representation_map(result: Result) -> go.Figure:
         raise OutputError(f"{result.meta.get('analyzer', 'this result')} is no map; use RepresentationMap")
     data: Any = result.data
     axis = str(data["coordinate"].dims[0])
-    labels = None if "label" not in data else data["label"].values.astype(str)
-    by_label = labels is not None and len(set(labels)) <= MOST_LABELS
+    labels = data["label"].values.astype(str) if "label" in data else np.array([], dtype=str)
+    by_label = 0 < len(set(labels)) <= MOST_LABELS
     most = int(data["cluster"].max())
     names = list(dict.fromkeys(labels)) if by_label else [f"cluster {i}" for i in range(1, most + 1)]
     colors = dict(zip(names, _colors(len(names)), strict=True))
@@ -43,11 +43,11 @@ def representation_map(result: Result) -> go.Figure:
         groups = labels if by_label else np.array([f"cluster {k}" for k in cluster])
         for name in names:
             mine = np.flatnonzero(groups == name)
-            beside = "" if labels is None else "<br>label %{customdata[1]}"
+            beside = "" if not len(labels) else "<br>label %{customdata[1]}"
             figure.add_scatter(
                 x=at[mine, 0], y=at[mine, 1], mode="markers", name=_plain(visible(name, 40)), visible=i == first,
                 marker={"size": 7, "opacity": 0.75, "color": colors[name]}, text=[texts[k] for k in mine],
-                customdata=[[int(cluster[k]), "" if labels is None else _plain(labels[k])] for k in mine],
+                customdata=[[int(cluster[k]), "" if not len(labels) else _plain(labels[k])] for k in mine],
                 hovertemplate=f"%{{text}}{beside}<br>cluster %{{customdata[0]}}<extra></extra>",
             )  # fmt: skip
     method = str(result.meta.get("method", "pca"))

@@ -21,7 +21,7 @@ from mechinterp.analyzers.units import Units
 from mechinterp.core.analyzer import Wanted
 from mechinterp.core.examples import Examples
 from mechinterp.core.result import Result, View
-from mechinterp.core.similarity import GROUPS, MEASURES, ROUNDING, Array, Measure, jackknife, likeness
+from mechinterp.core.similarity import GROUPS, MEASURES, ROUNDING, Array, Likeness, Measure, jackknife, likeness
 from mechinterp.core.statistics import fdr
 from mechinterp.engine.runner import Progress, run
 from mechinterp.errors import AlignmentError, ExamplesError, NeedsError
@@ -78,15 +78,17 @@ def compare_representations(
         raise AlignmentError(
             f"the texts have {len(owner)} units in one model and {len(other)} in the other; choose units that both have"
         )
-    names = MEASURES if x.shape[2] == y.shape[2] else ("cka", "rsa")
-    alike = {name: likeness(x, y, name, owner, draws=draws, seed=seed) for name in measures or names}
+    names: Sequence[Measure] = MEASURES if x.shape[2] == y.shape[2] else ("cka", "rsa")
+    alike: dict[Measure, Likeness] = {
+        name: likeness(x, y, name, owner, draws=draws, seed=seed) for name in measures or names
+    }
     axes = [places(one.reads(model)) for one, model in zip(asked, models, strict=True)]
     axis = "layer" if {name for name, _ in axes} == {"layer"} else "site"
     labels = [
         entries if name == axis else [str(site) for site in one.reads(model)]
         for (name, entries), one, model in zip(axes, asked, models, strict=True)
     ]
-    data = compared(alike, axis, *labels)
+    data = compared(alike, axis, labels[0], labels[1])
     meta = {**found[0].meta, "analyzer": "RepresentationComparison", "options": {}}
     meta |= {"model": f"{model_a.name}, {model_b.name}", "passes": {"forward": _passes(found)}}
     meta["constant"] = [*found[0].meta["constant"], *(f"{site} (second)" for site in found[1].meta["constant"])]
@@ -229,8 +231,8 @@ def _numbers(examples: Examples, texts: npt.NDArray[np.int64], names: tuple[str,
 
 def _balanced(x: Float[Tensor, "site text dim"], label: npt.NDArray[np.bool_]) -> Float[Tensor, "site text dim"]:
     """Features less the middle of the labels' means: sides that lie apart are not two directions."""
-    x = x.double()
-    return x - (x[:, label].mean(1, keepdim=True) + x[:, ~label].mean(1, keepdim=True)) / 2
+    x, second = x.double(), torch.from_numpy(label)
+    return x - (x[:, second].mean(1, keepdim=True) + x[:, ~second].mean(1, keepdim=True)) / 2
 
 
 def _cosines(
