@@ -274,7 +274,7 @@ def _weights(scores: Array, y: Array, seed: int) -> dict[str, Array]:
     return {"weight": fit.weights * spread, "weight_ci_low": low, "weight_ci_high": high, "spread": scores.std(0)}
 
 
-def _effects(change: Array, predicted: Array, seed: int) -> dict[str, Array]:
+def _effects(change: Array, predicted: Array, seed: int) -> dict[str, Any]:
     """Real and predicted changes, ``example concept`` each."""
     real = summarize(change, seed)
     return {
@@ -283,7 +283,7 @@ def _effects(change: Array, predicted: Array, seed: int) -> dict[str, Array]:
         "effect_ci_high": real.ci_high,
         "effect_p": real.p,
         "effect_q": real.q,
-        "predicted": predicted.mean(0),
+        "predicted": np.asarray(predicted.mean(0)),
         **_agreement(change, predicted, seed),
     }
 

@@ -136,7 +136,7 @@ def patch(
             raise ExamplesError(f"{pairs} has no pairs to patch; give every row clean, corrupted, answer and wrong")
         name = "one pair" if pairs is None else pairs.name
         title = f"Activation patching of {', '.join(sites)} on {name} in {Path(model).name}"
-        options = {} if budget is None else {"budget": budget * 1_000_000}
+        options: dict[str, Any] = {} if budget is None else {"budget": budget * 1_000_000}
         source = "given on the command line" if pairs is None else str(pairs)
         ways_in = (model, adapter, dtype, device)
         study(ways_in, examples, [analyzer], out, title, seed, source, batch_size, engine.value, **options)
@@ -184,7 +184,7 @@ def trace(
         if read.answers is None or "subject" not in {*read.spans, *read.positions}:
             raise ExamplesError(f"{examples} has no subjects to trace; give every row text, subject and answer")
         title = f"Causal tracing of {'one prompt' if examples is None else examples.name} in {Path(model).name}"
-        options = {} if budget is None else {"budget": budget * 1_000_000}
+        options: dict[str, Any] = {} if budget is None else {"budget": budget * 1_000_000}
         source = "given on the command line" if examples is None else str(examples)
         ways_in = (model, adapter, dtype, device)
         study(ways_in, read, [analyzer], out, title, seed, source, batch_size, engine.value, **options)

@@ -89,7 +89,7 @@ def ratio(
     one, two = np.asarray(top, dtype=float), np.asarray(bottom, dtype=float)
     n = len(one)
 
-    def divided(a: Array, b: Array) -> Array:
+    def divided(a: Any, b: Any) -> Array:
         return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=b != 0)
 
     value = divided(np.asarray(one.sum(0)), np.asarray(two.sum(0)))

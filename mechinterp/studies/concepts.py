@@ -124,7 +124,7 @@ def concept_study(
     common: dict[str, Any] = {"sites": sites, "positions": positions, "groups": one.groups, "folds": folds}
     asked = [ConceptDirections(method, **common), Probe(**common)]
     found = run(model, one.examples, asked, batch_size=batch_size, seed=seed, progress=progress)
-    results = dict(zip(("directions", "probe"), found, strict=True))
+    results: dict[str, Result] = {"directions": found[0], "probe": found[1]}
     probe = LinearProbe.of(found[0])
     row = probe.weight[probe.classes.index(aim)]
     others = [i for i, name in enumerate(probe.classes) if name != aim]
