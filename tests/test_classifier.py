@@ -122,7 +122,7 @@ def test_what_is_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     texts, gold = TEXTS * 3, GOLD * 3
     options: dict[str, Any] = {"held_out": 0.34, "patience": 3, "training": QUICK}
     whole = mi.train_classifier(tiny(), texts, gold, out=tmp_path / "whole", **options)
-    keep, calls = training._keep, 0
+    keep, calls = training._State.keep, 0
 
     def stop(*args: Any) -> None:
         nonlocal calls
@@ -131,7 +131,7 @@ def test_what_is_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if calls == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_keep", stop)
+    monkeypatch.setattr(training._State, "keep", stop)
     model = tiny()
     before = model.trace(TEXTS[0], mi.sites.logits())[mi.sites.logits()]
     with pytest.raises(KeyboardInterrupt):

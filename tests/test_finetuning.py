@@ -108,13 +108,13 @@ def test_what_is_interrupted_goes_on_to_the_same_adapter(tmp_path: Path, monkeyp
 
 def test_the_beginning_of_another_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "KEEP_EVERY", 1)
-    keep = training._keep
+    keep = training._State.keep
 
     def stop(*args: Any) -> None:
         keep(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_keep", stop)
+    monkeypatch.setattr(training._State, "keep", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune(tiny(), TEXTS, WORDS, TEMPLATE, gold=GOLD, out=tmp_path / "a", training=QUICK)
     with pytest.raises(OutputError, match="another training; delete it"):
