@@ -73,17 +73,15 @@ def test_changes_and_scores_by_hand(qwen: mi.Model, texts: mi.Examples, site: st
     data = mi.run(qwen, texts, asked, padding_side="left", batch_size=7).data
     where = mi.Site.parse(site).at(positions)
     vectors = torch.stack([v / v.norm() for v in concepts.values()])
-    decision, change = np.empty(2), np.empty((2, 2))
     x = qwen.trace(texts, where)[where]
     score = ((x if x.ndim == 2 else x.mean(1)) @ vectors.T).numpy()
     np.testing.assert_allclose(data["score"], score, atol=1e-4)
-    for i in range(2):
-        text = mi.Examples.of([texts.texts[i]], answers=[(7, 9)], spans={"last": [texts.spans["last"][i]]})
-        rows = [mi.Add(where, float(score[:, c].mean() - score[i, c]) * vectors[c]) for c in (0, 1)]
-        hand = mi.sweep(qwen, text, rows, engine="full").data
-        decision[i], change[i] = float(hand["base"][0]), (hand["value"] - hand["base"])[0]
-    np.testing.assert_allclose(data["decision"][:2], decision, atol=1e-4)
-    np.testing.assert_allclose(data["change"][:2], change, atol=1e-4)
+    i = 7
+    text = mi.Examples.of([texts.texts[i]], answers=[(7, 9)], spans={"last": [texts.spans["last"][i]]})
+    rows = [mi.Add(where, float(score[:, c].mean() - score[i, c]) * vectors[c]) for c in (0, 1)]
+    hand = mi.sweep(qwen, text, rows, engine="full").data
+    np.testing.assert_allclose(data["decision"][i], hand["base"][0], atol=1e-4)
+    np.testing.assert_allclose(data["change"][i], (hand["value"] - hand["base"])[0], atol=1e-4)
     np.testing.assert_allclose(data["effect"], data["change"].mean("example"), atol=1e-6)
     # Slope and correlation of real on predicted changes.
     a, b = data["predicted_change"].values, data["change"].values
@@ -105,12 +103,12 @@ def test_the_order_and_length_of_concepts_change_nothing(qwen: mi.Model, texts: 
 
 def test_random_concepts_are_no_better_than_random_ones(qwen: mi.Model, texts: mi.Examples) -> None:
     p: list[float] = []
-    for seed in range(8):
+    for seed in range(6):
         g = torch.Generator().manual_seed(seed + 10)
         concepts = {f"c{i}": torch.randn(32, generator=g) for i in range(3)}
         found = mi.run(qwen, texts, mi.ConceptBottleneck(concepts, "resid_post.2", draws=19), seed=seed)
         p.append(float(found.data["p"][0]))
-    assert 0.25 < np.mean(p) < 0.75 and min(p) < 0.5 < max(p) and sum(v <= 0.1 for v in p) <= 3
+    assert 0.25 < np.mean(p) < 0.75 and min(p) < 0.5 < max(p) and sum(v <= 0.1 for v in p) <= 2
 
 
 def test_concepts_that_only_correlate_do_not_change_the_decision(qwen: mi.Model) -> None:
@@ -128,10 +126,10 @@ def test_concepts_that_only_correlate_do_not_change_the_decision(qwen: mi.Model)
     assert np.isnan(data["slope"][0]) or data["slope"][0] == 0
 
 
-def test_the_contract(qwen: mi.Model) -> None:
-    pairs = mi.tasks.ioi(10, seed=3)
-    asked = mi.ConceptBottleneck(directions(qwen), "resid_post.1", draws=3, folds=2)
-    check_analyzer(asked, pairs, models=[qwen])
+def test_the_contract() -> None:
+    small = tiny("qwen3", layers=2)
+    asked = mi.ConceptBottleneck(directions(small), "resid_post.0", draws=3, folds=2)
+    check_analyzer(asked, mi.tasks.ioi(8, seed=3), models=[small])
 
 
 @pytest.mark.parametrize(("n", "d"), [(50, 4), (30, 30), (20, 60)])

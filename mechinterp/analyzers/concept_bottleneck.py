@@ -19,7 +19,7 @@ from mechinterp.core.statistics import ratio, summarize
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Position, Site
 
-Array = npt.NDArray[np.float64]
+Array = npt.NDArray[np.floating]
 
 ALPHAS = tuple(10.0**e for e in range(-6, 5))
 """Strengths of the ridge penalty, of which each fit takes the one that predicts left-out examples best."""
@@ -164,7 +164,7 @@ class _Changing(Analyzer):
             **{name: ("input", value) for name, value in self._inputs(decision, prediction, seed).items()},
             **{name: ("concept", value) for name, value in _weights(scores, decision, seed).items()},
             **{name: ("concept", value) for name, value in _effects(change, predicted, seed).items()},
-            **{f"{name}_all": value[0] for name, value in _agreement(change, predicted, seed, together=True).items()},
+            **{name: value[0] for name, value in _agreement(change, predicted, seed, "_all").items()},
             "score": (at, scores),
             "change": (at, change),
             "predicted_change": (at, predicted),
@@ -288,8 +288,12 @@ def _effects(change: Array, predicted: Array, seed: int) -> dict[str, Any]:
     }
 
 
-def _agreement(change: Array, predicted: Array, seed: int, together: bool = False) -> dict[str, Array]:
-    """Slope of real on predicted changes, and their correlation, for each concept, or for all of them together."""
+def _agreement(change: Array, predicted: Array, seed: int, together: str = "") -> dict[str, Array]:
+    """Slope of real on predicted changes, and their correlation, for each concept.
+
+    Args:
+        together: an ending of the names; then it is of all concepts together.
+    """
     n = len(change)
     moments = np.stack([np.ones_like(change), predicted, change, predicted**2, predicted * change, change**2])
     if together:
@@ -309,7 +313,7 @@ def _agreement(change: Array, predicted: Array, seed: int, together: bool = Fals
         there = np.isfinite(value)
         low, high = np.nanquantile(np.where(there, draws, 0.0), [0.025, 0.975], axis=0)
         ends = (np.where(there, end, np.nan) for end in (low, high))
-        out |= dict(zip((name, f"{name}_ci_low", f"{name}_ci_high"), (value, *ends), strict=True))
+        out |= dict(zip((f"{name}{together}{end}" for end in ("", "_ci_low", "_ci_high")), (value, *ends), strict=True))
     return out
 
 

@@ -182,7 +182,7 @@ class Features(Analyzer):
         if self.per_token:
             for name in ("token_feature", "token_activation"):
                 data[name] = (("example", "position", "rank"), texts[name])
-            ids = np.full((len(context.tokens), max(context.tokens.lengths)), -1)
+            ids = np.full((len(order), max(context.tokens.lengths)), -1)
             for row, each in enumerate(context.tokens.ids):
                 ids[row, : len(each)] = each
             data["token_text"] = (("example", "position"), token_texts(context.model, ids))

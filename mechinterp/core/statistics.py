@@ -95,7 +95,7 @@ def ratio(
     value = divided(np.asarray(one.sum(0)), np.asarray(two.sum(0)))
     if n < 2:
         return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples)  # as in _resampled
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)  # as in _resampled
     drawn = divided(np.tensordot(counts, one, 1), np.tensordot(counts, two, 1))
     there = np.isfinite(value)
     low, high = np.nanquantile(np.where(there, drawn, 0.0), [0.025, 0.975], axis=0)

@@ -283,7 +283,7 @@ class SparseAutoencoder:
         found = (features,) if isinstance(features, int) else tuple(int(one) for one in features)
         odd = [one for one in found if not 0 <= one < len(self)]
         if odd or not found:
-            raise ModelError(f"the features are 0 to {len(self) - 1}. Got {odd[0] if found else 'none'}")
+            raise ModelError(f"the features are 0 to {len(self) - 1}. Got {odd[0] if odd else 'none'}")
         return tuple(dict.fromkeys(found))
 
     def _flat(self, x: Tensor, width: int) -> Tensor:

@@ -117,7 +117,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} cannot be read ({error}); get it again") from error
     if not isinstance(said, dict) or not isinstance(said.get("metadata") or {}, dict):
         raise ModelError(f"{path} is not an object of options; give a folder that SAELens wrote")
-    out = {str(_RENAMED.get(name, name)): value for name, value in said.items()}
+    out: dict[str, Any] = {_RENAMED.get(str(name), str(name)): value for name, value in said.items()}
     out.setdefault("architecture", "standard")
     return out
 
