@@ -36,6 +36,7 @@ def test_analyze_activations(tiny_folder: Path, tmp_path: Path) -> None:
     top = pd.read_csv(out / "tables" / "max-activating-value.csv")
     assert sorted(set(top["neuron"])) == [3, 7] and set(top["layer"]) == {2} and len(top) == 8
     assert all("«" in text for text in top["context"])
+    assert "mlp_act.2.n3 is above 0 at" in told and "mlp_act.2.n7 is above 0 at" in told
     assert {"report.html", "manifest.json"} <= {path.name for path in out.iterdir()}
     shares = pd.read_csv(out / "tables" / "activation-stats-share.csv")
     assert shares.groupby(["kind", "layer", "token"])["share"].sum().round(6).eq(1).all()

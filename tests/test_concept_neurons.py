@@ -198,8 +198,8 @@ def test_without_answers_the_loss_is_measured(llama: mi.Model) -> None:
     bare = mi.Examples.of(TEXTS, LABELS)
     result = mi.run(llama, bare, mi.ConceptNeurons((1,), sizes=(2,)))
     assert result.meta["metric"] == "loss"
-    assert [view.value for view in result.views] == ["held_out_auroc", "significant", "effect"]
-    assert all(result.figure(i).data for i in range(3))
+    assert [view.value for view in result.views] == ["held_out_auroc", "value", "significant", "effect"]
+    assert all(result.figure(i).data for i in range(4))
 
 
 def test_the_contract() -> None:

@@ -117,7 +117,7 @@ def test_tokens_and_their_context(qwen: mi.Model) -> None:
         assert row["token"] == words[at]
         before, after = "".join(words[max(0, at - 2) : at]), "".join(words[at + 1 : at + 3])
         assert row["context"] == f"{before}«{words[at]}»{after}"
-    assert [view.value for view in result.views] == ["value", "density"]
+    assert [view.value for view in result.views] == ["value", "value"]
     assert result.figure(0).data and result.figure(1).data
     assert marked(list("abcdefghij"), 1, 9, 2) == "a«bc … hi»j"
 

@@ -168,7 +168,7 @@ def test_dead_units_and_planted_outliers(llama: mi.Model) -> None:
         cell = data.sel(token=token)
         assert (int(cell["never_positive"]), int(cell["never_nonzero"]), int(cell["outliers"])) == (4, 2, 2)
         assert float(cell["never_nonzero_share"]) == pytest.approx(2 / 32)
-        assert cell["outlier_dims"].item() == cell["large_dims"].item() == "7 20" and int(cell["large"]) == 2
+        assert cell["outliers_which"].item() == cell["large_which"].item() == "7 20" and int(cell["large"]) == 2
 
 
 def test_a_large_dimension_must_be_so_in_enough_tokens_and_layers(llama: mi.Model) -> None:
@@ -180,7 +180,7 @@ def test_a_large_dimension_must_be_so_in_enough_tokens_and_layers(llama: mi.Mode
     def large(model: mi.Model, *writes: mi.Intervention) -> list[str]:
         with model.intervene(*writes):
             data = mi.run(model, TEXTS, mi.ActivationStats(("mlp_out",))).data
-        return data["large_dims"].sel(kind="mlp_out", token="rest").values.tolist()
+        return data["large_which"].sel(kind="mlp_out", token="rest").values.tolist()
 
     assert large(five, mi.Replace(sites.mlp_out(1), spike)) == [""] * 5
     assert large(five, *(mi.Replace(sites.mlp_out(i), spike) for i in (1, 4))) == ["", "13", "", "", "13"]

@@ -35,7 +35,7 @@ LEAST = 6
 AROUND = 8
 """Tokens that are shown around what a value is of."""
 SHOWN = 4
-"""Labels that have figures of their own."""
+"""Labels that have figures of their own, and neurons whose texts are shown in one."""
 ALPHA = 0.05
 
 
@@ -43,11 +43,11 @@ ALPHA = 0.05
 class ConceptNeurons(Analyzer):
     """MLP neurons whose activation goes with a label of the texts, and what the model loses without them.
 
-    Every neuron of the chosen layers is ranked by \\|AUROC - .5\\| for one label against the rest (of two labels, the
-    last), where AUROC is the chance that it is more active in a text of the label than in another; then by the
-    point-biserial correlation. The best of thousands look better than they are, so a part of the texts takes no part
-    in the ranking: on it alone the AUROC of the top neurons is measured once more, and with it what switching them off
-    does. That second round overwrites the first neurons of the ranking together, for each size in `sizes`, at all
+    Every neuron of the chosen layers is ranked by how far its AUROC is from .5 for one label against the rest (of two
+    labels, the last), where AUROC is the chance that it is more active in a text of the label than in another; then by
+    the point-biserial correlation. The best of thousands look better than they are, so a part of the texts takes no
+    part in the ranking: on it alone the AUROC of the top neurons is measured once more, and with it what switching them
+    off does. That second round overwrites the first neurons of the ranking together, for each size in `sizes`, at all
     positions, beside as many random neurons of the same layers.
 
     A neuron that goes with a label is no proof that the model uses it, and one that it uses may say other things too:
@@ -75,7 +75,8 @@ class ConceptNeurons(Analyzer):
         positions, pool, each: which tokens of a text are looked at (`Units`): one token, a span, ``"all"`` but the
             first, or ``each="token"`` or a word category, for one unit of each. A unit has its text's label, and tests
             take texts, not units, for independent.
-        sizes: how many neurons are switched off together; none for no second round.
+        sizes: how many neurons are switched off together; none for no second round, which has six rows for each size
+            and label.
         ablation: what is put in their place: ``"zero"``, or ``"mean"``, their mean over all tokens of all texts but
             the first of each.
         metric: what is measured; by default the logit difference of the answers (or the answer's logit), and the loss
@@ -160,7 +161,7 @@ class ConceptNeurons(Analyzer):
         data, orders = _ranked(concepts, units)
         data = data.merge(_best(concepts, units, orders[:, : self.top], self.shown, reader(context)))
         meta = {"unlabelled": len(context.tokens) - len(concepts.label), "metric": metric.label}
-        result = Result(data, meta, _views(concepts.targets))
+        result = Result(data, meta, _views(concepts.targets, data.sizes["top"]))
         if not self.sizes:
             return result
         write = Zero if self.ablation == "zero" else partial(mean_at, means)
@@ -378,13 +379,18 @@ class _SwitchedOff(Analyzer):
         return replace(self.first, data=data, views=(*self.first.views, *views))
 
 
-def _views(targets: Sequence[str]) -> tuple[View, ...]:
-    tops = [
-        View(
-            "bars", "held_out_auroc", "site", select={"label": target}, center=0.5,
-            title=f"Neurons that go with {target!r}, on held-out texts", unit="AUROC",
-        )
-        for target in targets[:SHOWN]
-    ]  # fmt: skip
-    layers = View("lines", "significant", "layer", by="label", title="Neurons with q < .05", unit="neurons")
-    return (*tops, layers)
+def _views(targets: Sequence[str], tops: int) -> tuple[View, ...]:
+    views: list[View] = []
+    for target in targets[:SHOWN]:
+        some = {"label": target, "top": tuple(range(min(tops, SHOWN)))}
+        views += [
+            View(
+                "bars", "held_out_auroc", "site", select={"label": target}, center=0.5,
+                title=f"Neurons that go with {target!r}, on held-out texts", unit="AUROC",
+            ),
+            View(
+                "lines", "value", "shown", by="top", select=some, unit="activation",
+                title=f"Texts where the first neurons that go with {target!r} are largest",
+            ),
+        ]  # fmt: skip
+    return (*views, View("lines", "significant", "layer", by="label", title="Neurons with q < .05", unit="neurons"))

@@ -1,5 +1,6 @@
 """The tokens that make a neuron most active, in their context: a corpus of any size, in memory of one size."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,8 +20,8 @@ from mechinterp.sites import KINDS, Site, Sites
 
 MARKS = ("«", "»")
 """What stands around the token that a context is of."""
-SHOWN = 20
-"""Neurons up to which their tokens are a figure."""
+SHOWN, SHOWN_LAYERS = 20, 4
+"""Neurons up to which their tokens are a figure, and layers of which they are."""
 _ROW = 32
 """A place is the number of the example above so many bits, and that of its token below: in order, as one number."""
 
@@ -188,20 +189,21 @@ class MaxActivating(Analyzer):
         return Result(data, {}, self._views(part.coords["layer"]))
 
     def _views(self, layers: Sequence[int]) -> tuple[View, ...]:
-        title = f"Share of tokens at which {self.kind} is above 0, mean over neurons"
-        density = View("lines", "density", "layer", title=title, unit="share of tokens")
         if self.neurons is None or len(self.neurons) > SHOWN:
-            return (density,)
-        tops = [
-            View(
-                "heatmap", "value", "rank", "neuron", text="token", select={"layer": layer, "side": side},
-                title=f"{'Largest' if side == 'high' else 'Smallest'} activations of {self.kind}.{layer}",
-                unit="activation",
-            )
-            for layer in layers[:4]
-            for side in self.sides
-        ]  # fmt: skip
-        return (*tops, density)
+            title = f"Share of tokens at which {self.kind} is above 0, mean over neurons"
+            return (View("lines", "density", "layer", title=title, unit="share of tokens"),)
+        views: list[View] = []
+        for layer, side in itertools.product(layers[:SHOWN_LAYERS], self.sides):
+            some = {"layer": layer, "side": side}
+            title = f"{'Largest' if side == 'high' else 'Smallest'} activations of {self.kind}.{layer}"
+            views += [
+                View(
+                    "heatmap", "value", "rank", "neuron", text="token", select=some, title=title, unit="activation",
+                    center=0.0,
+                ),
+                View("lines", "value", "rank", by="neuron", select=some, title=f"{title}, by rank", unit="activation"),
+            ]  # fmt: skip
+        return tuple(views)
 
 
 def width(kind: str, model: Model) -> int:

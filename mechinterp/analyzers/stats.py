@@ -73,9 +73,9 @@ class ActivationStats(Analyzer):
     (``never_nonzero``), and ``…_share``. That says as much of the texts as of the model: a unit may wait for others.
     A gated neuron (act(gate) · up) also acts below 0.
 
-    Outlier dimensions, how many and which (the largest 20): ``outliers`` and ``outlier_dims``, those whose root mean
+    Outlier dimensions, how many and which (the largest 20): ``outliers`` and ``outliers_which``, those whose root mean
     square over tokens is more than 3 standard deviations above the mean over dimensions (the rule by which Kovaleva
-    et al. 2021 find outliers among LayerNorm weights); ``large`` and ``large_dims``, those with a magnitude of 6 or
+    et al. 2021 find outliers among LayerNorm weights); ``large`` and ``large_which``, those with a magnitude of 6 or
     more at 6% of tokens or more, in this layer and in a quarter of the layers looked at (Dettmers et al. 2022, at
     what attn_in and mlp_in are here; 6 means little at sites of another scale).
 
@@ -238,7 +238,7 @@ def _statistics(
             out[name] = np.where(here, dead.sum(-1), -1)
             out[f"{name}_share"] = np.where(here, dead.mean(-1), np.nan)
         often &= often.mean(0) >= LARGE_LAYERS
-        for name, which, listed in (("outliers", outlier, "outlier_dims"), ("large", often, "large_dims")):
+        for name, which, listed in (("outliers", outlier, "outliers_which"), ("large", often, "large_which")):
             out[name] = np.where(here, which.sum(-1), -1)
             out[listed] = _listed(which, each)
         out["mean_vector"] = first / count[..., None]
@@ -293,12 +293,13 @@ _SHOWN = (
     ("kurtosis", "rest", "Kurtosis of all tokens but the first (3 for a Gaussian)"),
     ("hoyer", "rest", "Sparsity of all tokens but the first (Hoyer; about .2 for a Gaussian)"),
     ("never_positive_share", "rest", "Dimensions never above 0, in all tokens but the first"),
+    ("outliers", "rest", "Outlier dimensions of all tokens but the first (3 standard deviations)"),
 )
 
 
 def _view(name: str, token: str, title: str) -> View:
     unit = {
         "norm": "L2 norm", "massive": "largest / median magnitude", "hoyer": "Hoyer sparsity",
-        "never_positive_share": "share of dimensions",
+        "never_positive_share": "share of dimensions", "outliers": "dimensions",
     }.get(name, name)  # fmt: skip
     return View("lines", name, "layer", by="kind", title=title, unit=unit, select={"token": token})

@@ -15,6 +15,8 @@ ROLE_NAMES = {"induction": "Induction heads", "previous": "Previous-token heads"
 
 CELLS = 3
 """Cells of a grid that are named."""
+NEURONS = 5
+"""Neurons whose tokens are named."""
 ALPHA = 0.05
 
 
@@ -40,6 +42,8 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
             out += _directions(result)
         if result.meta.get("analyzer") == "ActivationStats":
             out += _activations(result)
+        if result.meta.get("analyzer") == "MaxActivating":
+            out += _most_active(result)
         if result.meta.get("analyzer") == "ConceptNeurons":
             out += _concepts(result)
     return out + _shared(plan, results)
@@ -258,7 +262,7 @@ def _activations(result: Result) -> list[str]:
         low, high = float(one["rms"].min()), float(one["rms"].max())
         worst = one.isel(layer=int(one["never_positive"].values.argmax()))
         most = one.isel(layer=int(one["outliers"].values.argmax()))
-        listed = str(most["outlier_dims"].item()).split()[:CELLS]
+        listed = str(most["outliers_which"].item()).split()[:CELLS]
         out.append(
             f"{kind}: rms {low:.3g} to {high:.3g} by layer; Hoyer sparsity {float(one['hoyer'].mean()):.2f};"
             f" {float(one['near_zero'].mean()):.0%} of numbers are near zero; never above 0 are at most"
@@ -272,6 +276,19 @@ def _activations(result: Result) -> list[str]:
 def _more(layer: Any, listed: Sequence[str]) -> str:
     rest = int(layer["outliers"]) - len(listed)
     return f" and {rest} more" if rest > 0 else ""
+
+
+def _most_active(result: Result) -> list[str]:
+    """Of the first neurons, the tokens at which each is largest."""
+    data: Any = result.data.sel(side="high")
+    kind = str(result.meta["options"]["kind"]).strip("'\"")
+    cells = [data.isel(layer=i, neuron=j) for i in range(data.sizes["layer"]) for j in range(data.sizes["neuron"])]
+    out: list[str] = []
+    for cell in cells[:NEURONS]:
+        said = ", ".join(f"“{visible(str(token), 20)}”" for token in cell["token"].values[:CELLS] if token)
+        name = f"{kind}.{int(cell['layer'])}.n{int(cell['neuron'])}"
+        out.append(f"{name} is above 0 at {float(cell['density']):.0%} of tokens, and largest at {said}.")
+    return out
 
 
 def _concepts(result: Result) -> list[str]:

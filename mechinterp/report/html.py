@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 ROWS = 20
 """Rows of each table on the page; all of them are in the files beside it."""
+COLUMNS = 14
+"""Columns of a table beside a figure, above which it has the figure's own alone; all of them are in the files."""
 TEXTS = 20
 """Texts shown on the colour of their tokens' attributions."""
 
@@ -187,6 +189,10 @@ def _numbers(result: Result, view: View) -> str:
             entries = np.asarray(top[column].unique())
             named = dict(zip(entries.tolist(), labels(result, view, column, text, entries) or (), strict=True))
             top.insert(top.columns.get_loc(column) + 1, text, [named[e] for e in top[column].tolist()])
+    if len(top.columns) > COLUMNS:  # the axes, what is shown, and what is said of it
+        own = {view.x, view.y, view.by, view.value, view.x_text, view.y_text, "ci_low", "ci_high", "p", "q"}
+        axes = {str(dim) for dim in result.data[view.value].dims}
+        top = top[[c for c in top.columns if c in own | axes or str(c).startswith(f"{view.value}_")]]
     told = (
         f"{len(top)} of {len(frame)} rows, largest first"
         if view.kind != "lines"
@@ -221,7 +227,7 @@ def _cell(value: Any) -> str:
         if np.isnan(number):
             return "–"
         return f"{number:.3f}" if 0.001 <= abs(number) < 1000 or number == 0 else f"{number:.2g}"
-    return str(value) if isinstance(value, int | np.integer) else visible(str(value), 40)
+    return str(value) if isinstance(value, int | np.integer) else visible(str(value), 100)
 
 
 def _manifest(manifest: Mapping[str, Any]) -> str:
