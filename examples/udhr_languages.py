@@ -143,7 +143,7 @@ def main() -> None:
     model, units = mi.Model.load("smollm2"), Units("all")
     sites: Any = mi.sites.resid_post((14, 29)) if options.quick else ("embed", mi.sites.resid_post())
     draws = 200 if options.quick else 1000
-    asked = [mi.CrossLingual(parallel.rows, sites, units, draws), mi.RepresentationMap(sites, units)]
+    asked = [mi.CrossLingual(parallel.rows, sites, units, draws), mi.RepresentationMap(sites, units, standardize=True)]
     found, drawn = mi.run(model, parallel.examples, asked)
     for line in findings(found, drawn):
         print(f"   {line}")
@@ -161,20 +161,21 @@ def main() -> None:
 def findings(found: mi.Result, drawn: mi.Result) -> list[str]:
     """A sentence for each pair of languages, and what the map's clusters are."""
     data: Any = found.data
-    axis = str(data["cka"].dims[1])
+    axis = str(data["cka"].dims[-1])
+    first = data[axis].values[0]
     out: list[str] = []
     for i, pair in enumerate(data["pair"].values):
-        plain, centred = (
-            data["accuracy"].sel(centring=name).isel(direction=[2 * i, 2 * i + 1]).mean("direction")
-            for name in ("none", "each language")
-        )
-        at = int(centred.values.argmax())
-        first = float(centred[0])
+        raw, centred, scaled = data["accuracy"].isel(direction=[2 * i, 2 * i + 1]).mean("direction")
+        at = int(scaled.values.argmax())
+        cka = data["cka"].sel(scaling="standardized").isel({"pair": i, axis: at})
         out.append(
-            f"{pair}: translations are found {float(centred[at]):.0%} of the time at {data[axis].values[at]} with each"
-            f" language centred ({float(plain[at]):.0%} without; {first:.0%} at {data[axis].values[0]}; chance"
-            f" {float(data['chance'][2 * i]):.1%}); debiased CKA {float(data['cka'][i, at]):.2f}"
+            f"{pair}: {float(scaled[at]):.0%} of translations are found at {data[axis].values[at]} (centred"
+            f" {float(centred[at]):.0%}, raw {float(raw[at]):.0%}; at {first} {float(scaled[0]):.0%}; chance"
+            f" {float(data['chance'][2 * i]):.1%}); debiased CKA {float(cka):.2f}"
         )
+    share: Any = data["top_share"].max(axis)
+    named = ", ".join(f"{name} {float(value):.2f}" for name, value in zip(share["language"].values, share, strict=True))
+    out.append(f"largest share of variance in one dimension, of any layer: {named}")
     best: Any = drawn.data["ari"]
     at = int(best.values.argmax())
     out.append(

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 import mechinterp as mi
-from mechinterp.analyzers.cross_lingual import CENTRING, _measured, _wilson
+from mechinterp.analyzers.cross_lingual import FEATURES, _measured, _wilson
 from mechinterp.analyzers.units import Units
 from mechinterp.core.similarity import similarity
 from mechinterp.errors import ExamplesError, NeedsError
@@ -62,20 +62,28 @@ def test_every_number_by_hand(llama: mi.Model) -> None:
         pair, n = f"{'abc'[a]} | {'abc'[b]}", len(rows)
         here = data.sel(pair=pair, layer=1)
         assert int(here["sentences"]) == n == (8 if (a, b) == (0, 1) else 7)
-        assert float(here["cka"]) == pytest.approx(similarity(x, y, "cka"), abs=1e-4)
-        for name in CENTRING:
-            if name != "none":
+        for name in FEATURES:
+            if name != "raw":
                 x, y = x - x.mean(0), y - y.mean(0)
-            c = np.array([[float(u @ v / u.norm() / v.norm()) for v in y] for u in x])
+            if name == "standardized":
+                x, y = (stats.zscore(side) for side in (x, y))
+            if name != "centred":
+                cka = float(here["cka"].sel(scaling=name))
+                assert cka == pytest.approx(similarity(torch.as_tensor(x), torch.as_tensor(y), "cka"), abs=1e-4)
+            c = np.array([[float(u @ v / (u @ u) ** 0.5 / (v @ v) ** 0.5) for v in y] for u in x])
             paired = c.diagonal().mean()
             unpaired = (c.sum() - c.trace()) / (n * (n - 1))
-            cell = here.sel(centring=name)
+            cell = here.sel(features=name)
             assert float(cell["paired"]) == pytest.approx(paired, abs=1e-5)
             assert float(cell["unpaired"]) == pytest.approx(unpaired, abs=1e-5)
             assert float(cell["gap"]) == pytest.approx(paired - unpaired, abs=1e-5)
+            variance = sides[0].var(0)
+            share = data["top_share"].sel(language="abc"[a], layer=1)
+            if n == 8:  # all sentences of the language are in the pair
+                assert float(share) == pytest.approx(float(variance.max() / variance.sum()), abs=1e-5)
             for way, found in ((f"{'abc'[a]} → {'abc'[b]}", c), (f"{'abc'[b]} → {'abc'[a]}", c.T)):
                 right = np.mean([max(range(n), key=lambda j: found[i, j]) == i for i in range(n)])
-                accuracy = data["accuracy"].sel(centring=name, direction=way, layer=1)
+                accuracy = data["accuracy"].sel(features=name, direction=way, layer=1)
                 assert float(accuracy) == pytest.approx(right, abs=1e-6)
                 assert float(data["chance"].sel(direction=way)) == pytest.approx(1 / n)
 
@@ -109,8 +117,10 @@ def test_constant_features_and_bad_input(llama: mi.Model) -> None:
     texts = parallel(False)
     dotted = Parallel(texts.languages, tuple(tuple(f"{text}." for text in row) for row in texts.sentences))
     data = mi.run(llama, dotted.examples, mi.CrossLingual(dotted.rows, "embed", Units("end"), draws=20)).data
-    assert data["accuracy"].sel(centring="each language").isnull().all() and data["cka"].isnull().all()
-    assert (data["gap"].sel(centring="none").round(5) == 0).all()
+    for name in FEATURES[1:]:
+        assert data["accuracy"].sel(features=name).isnull().all()
+    assert data["cka"].isnull().all() and data["top_share"].isnull().all()
+    assert (data["gap"].sel(features="raw").round(5) == 0).all()
     examples = texts.examples
     one = mi.Examples.of(SENTENCES, ["a"] * 8)
     few = Parallel(("a", "b"), texts.sentences[:5])
@@ -174,7 +184,7 @@ def test_files_that_are_not_parallel(tmp_path: Path, name: str, content: str, to
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    where, model = tmp_path_factory.mktemp("models") / "llama", tiny("llama")
+    where, model = tmp_path_factory.mktemp("models") / "llama", tiny("llama", layers=2)
     model.hf.save_pretrained(where)
     model.tokenizer.save_pretrained(where)
     return str(where)
@@ -195,8 +205,8 @@ def test_languages_are_compared(here: Path, folder: str) -> None:
     saved = mi.Result.load(here / "s/results/cross-lingual")
     assert saved.data["pair"].values.tolist() == ["a | b"] and "rows" not in saved.meta["options"]
     assert "'end'" in saved.meta["options"]["units"]
-    best = float(saved.data["accuracy"].sel(centring="each language").mean("direction").max())
-    assert "a | b, 7 sentences: translations are found best in layer" in text and f"({best:.0%} with each" in text
+    best = float(saved.data["accuracy"].sel(features="standardized").mean("direction").max())
+    assert "a | b, 7 sentences: translations are found best in layer" in text and f"({best:.0%} of standardized" in text
     manifest = study(here / "s")
     assert manifest["sentences"] == 7 and manifest["passes"]["forward"] == 1
     assert "tables/cross-lingual-accuracy.csv" in manifest["files"] and "figures/map.html" not in manifest["files"]
@@ -206,7 +216,8 @@ def test_languages_are_compared(here: Path, folder: str) -> None:
     assert not (here / "u").exists()
 
 
-def test_representations(here: Path, folder: str) -> None:
+def test_representations(here: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechinterp.report.study.write_figures", lambda _, folder: folder.mkdir())  # they take long
     rows = [{"text": text, "kind": "<b>&" if i % 2 else "</script>"} for i, text in enumerate(SENTENCES)]
     write(here / "t.jsonl", rows)
     asked = ["representations", "t.jsonl", "--model", folder, "--out", "s"]

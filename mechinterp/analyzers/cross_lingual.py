@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import xarray as xr
 from jaxtyping import Float
 from scipy import stats
@@ -16,14 +17,15 @@ from mechinterp.analyzers.similarity import places
 from mechinterp.analyzers.units import Units, features, part
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.result import Part, Result, View
-from mechinterp.core.similarity import ROUNDING, Array, Likeness, centred, likeness
+from mechinterp.core.similarity import ROUNDING, Array, Likeness, centred, likeness, standardized, top_share
 from mechinterp.core.statistics import fdr, summarize
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Site
 
 LEAST_PAIRS = 6
 """Sentences that two languages must share: below, no interval or test says anything."""
-CENTRING = ("none", "each language")
+FEATURES = ("raw", "centred", "standardized")
+"""As they are; less their mean over the sentences of a language; as z-scores of each dimension over these."""
 DRAWS_AT_ONCE = 100
 
 
@@ -37,18 +39,24 @@ class CrossLingual(Analyzer):
     - the *gap*: mean cosine of a sentence with its translation, less that with the translations of all others. Cosines
       alone say little, since all vectors of a layer may share a large direction. p is of shuffled translations;
     - *retrieval accuracy*: how often the nearest by cosine among all sentences of the other language is the
-      translation, in both directions; chance is 1 / sentences. Where that direction differs by language it swamps all
-      else, so both are measured without centring and with each language's mean taken out (Libovický et al. 2020);
+      translation, in both directions; chance is 1 / sentences;
     - *debiased CKA*, which needs no shared coordinates (`mechinterp.core.similarity`).
+
+    Where the large direction differs by language it swamps all else; and a few tokens with massive activations, mostly
+    in one dimension, can make up nearly all of a mean over tokens. So gap and accuracy are measured of ``features`` as
+    they are (``raw``), less each language's mean (``centred``; Libovický et al. 2020), and as z-scores of each
+    dimension within each language (``standardized``; Timkey & van Schijndel 2021), and CKA, which centres by itself, of
+    the first and the last. ``top_share`` is the share of a language's variance that is in one dimension.
 
     Intervals are 95%: over sentences by bootstrap for the gap, Wilson's for accuracy (which holds at 0 and 1, where a
     bootstrap has no width), by jackknife for CKA. q is over all tests of the same table. Sentences that stand in a
     fixed order in one document, or share words and numbers, are alike across languages without being understood.
 
-    Result: ``accuracy`` (``centring direction layer``) with ``accuracy_ci_low, accuracy_ci_high``, ``p``, ``q``;
-    ``gap``, ``gap_ci_low, gap_ci_high``, ``paired``, ``unpaired``, ``gap_p``, ``gap_q`` (``centring pair layer``);
-    ``cka``, ``cka_ci_low, cka_ci_high``, ``cka_p``, ``cka_q``, ``cka_null_mean, cka_null_high`` (``pair layer``);
-    ``sentences`` (``pair``) and ``chance`` (``direction``). NaN where a language's features are all the same.
+    Result: ``accuracy`` (``features direction layer``) with ``accuracy_ci_low, accuracy_ci_high``, ``p``, ``q``;
+    ``gap``, ``gap_ci_low, gap_ci_high``, ``paired``, ``unpaired``, ``gap_p``, ``gap_q`` (``features pair layer``);
+    ``cka``, ``cka_ci_low, cka_ci_high``, ``cka_p``, ``cka_q``, ``cka_null_mean, cka_null_high`` (``scaling pair
+    layer``); ``top_share`` (``language layer``), ``sentences`` (``pair``) and ``chance`` (``direction``). NaN where a
+    language's features are all the same.
 
     All features are in memory: texts × sites × width × 4 bytes, twice.
 
@@ -87,15 +95,23 @@ class CrossLingual(Analyzer):
         x, _, _ = features(parts)
         pairs = self._pairs(context)
         axis, labels = places(self._reads(context.model))
-        centring: dict[str, list[dict[str, Array]]] = {name: [] for name in CENTRING}
-        alike: list[Likeness] = []
+        found: dict[str, list[dict[str, Array]]] = {name: [] for name in FEATURES}
+        alike: dict[str, list[Likeness]] = {"raw": [], "standardized": []}
         for shared in pairs.values():
             one, other = (x[:, list(some)] for some in zip(*shared, strict=True))
-            alike.append(likeness(one, other, "cka", matched=True, draws=min(self.draws, 200), seed=self.seed))
+            sides = dict(zip(FEATURES, zip(*(_features(some) for some in (one, other)), strict=True), strict=True))
             orders = self._orders(len(shared))
-            for name, sides in zip(CENTRING, ((one, other), (centred(one), centred(other))), strict=True):
-                centring[name].append(_measured(_cosines(*sides), orders, self.seed))
-        return Result(_dataset(centring, alike, pairs, axis, labels), {"texts": x.shape[1]}, _views(axis, len(pairs)))
+            for name, (a, b) in sides.items():
+                found[name].append(_measured(_cosines(a, b), orders, self.seed))
+                if name in alike:
+                    draws = min(self.draws, 200)
+                    alike[name].append(likeness(a, b, "cka", matched=True, draws=draws, seed=self.seed))
+        data = _dataset(found, alike, pairs, axis, labels)
+        spoken = np.array([str(label) for label in context.tokens.labels or ()])
+        languages = list(dict.fromkeys(spoken.tolist()))
+        shares = np.stack([top_share(x[:, torch.from_numpy(spoken == name)]).numpy() for name in languages])
+        data = data.assign_coords(language=languages).assign(top_share=(("language", axis), shares))
+        return Result(data, {"texts": x.shape[1]}, _views(axis, len(pairs)))
 
     def _orders(self, n: int) -> npt.NDArray[np.int64]:
         """Shuffled translations, ``draw sentence``."""
@@ -129,8 +145,13 @@ class CrossLingual(Analyzer):
         return out
 
 
+def _features(x: Float[Tensor, "site n dim"]) -> tuple[Tensor, Tensor, Tensor]:
+    """In the order of `FEATURES`."""
+    return x.double(), centred(x), standardized(x)
+
+
 def _cosines(one: Float[Tensor, "site n dim"], other: Float[Tensor, "site n dim"]) -> Float[np.ndarray, "site n n"]:
-    a, b = (x.double() / x.double().norm(dim=-1, keepdim=True) for x in (one, other))
+    a, b = (x / x.norm(dim=-1, keepdim=True) for x in (one, other))
     return (a @ b.transpose(1, 2)).numpy()
 
 
@@ -168,22 +189,24 @@ def _wilson(share: Array, n: int) -> tuple[Array, Array]:
 
 
 def _dataset(
-    centring: Mapping[str, Sequence[Mapping[str, Array]]],
-    alike: Sequence[Likeness],
+    found: Mapping[str, Sequence[Mapping[str, Array]]],
+    alike: Mapping[str, Sequence[Likeness]],
     pairs: Mapping[tuple[str, str], Sequence[Any]],
     axis: str,
     labels: Sequence[Any],
 ) -> xr.Dataset:
-    names = list(next(iter(centring.values()))[0])
-    stacked = {name: np.stack([[one[name] for one in of] for of in centring.values()]) for name in names}
+    names = list(next(iter(found.values()))[0])
+    stacked = {name: np.stack([[one[name] for one in of] for of in found.values()]) for name in names}
     ways = {name: stacked.pop(name) for name in names if name.startswith("accuracy") or name == "p"}
-    joined = {name: values.reshape(len(centring), -1, len(labels)) for name, values in ways.items()}
+    joined = {name: values.reshape(len(found), -1, len(labels)) for name, values in ways.items()}
     cka = {
-        "cka" if name == "value" else f"cka_{name}": np.stack([getattr(one, name) for one in alike])
+        "cka" if name == "value" else f"cka_{name}": np.stack(
+            [[getattr(one, name) for one in some] for some in alike.values()]
+        )
         for name in ("value", "ci_low", "ci_high", "p", "null_mean", "null_high")
     }
     sentences = [len(shared) for shared in pairs.values()]
-    here, there, each = ("centring", "direction", axis), ("centring", "pair", axis), ("pair", axis)
+    here, there, each = ("features", "direction", axis), ("features", "pair", axis), ("scaling", "pair", axis)
     return xr.Dataset(
         {
             **{name: (here, values) for name, values in joined.items()},
@@ -196,20 +219,25 @@ def _dataset(
             "chance": ("direction", np.repeat(1 / np.array(sentences), 2)),
         },
         {
-            "centring": list(centring), axis: list(labels), "pair": [f"{a} | {b}" for a, b in pairs],
+            "features": list(found), "scaling": list(alike), axis: list(labels),
+            "pair": [f"{a} | {b}" for a, b in pairs],
             "direction": [way for a, b in pairs for way in (f"{a} → {b}", f"{b} → {a}")],
         },
     )  # fmt: skip
 
 
 def _views(axis: str, pairs: int) -> tuple[View, ...]:
-    """Lines of both ways of centring, and all pairs as heatmaps."""
+    """Lines of all kinds of features, and all pairs as heatmaps."""
     means = " (mean over pairs)" if pairs > 1 else ""
-    every = {"centring": CENTRING[1]}
+    best = FEATURES[2]
     return (
-        View("lines", "accuracy", axis, by="centring", title=f"Retrieval of translations{means}", unit="accuracy"),
-        View("heatmap", "accuracy", axis, "direction", title="Retrieval, each language centred", select=every),
-        View("heatmap", "gap", axis, "pair", title="Translations less other sentences, each language centred",
-             unit="cosine paired - unpaired", select=every),
-        View("heatmap", "cka", axis, "pair", title="Debiased CKA of two languages", unit="CKA"),
+        View("lines", "accuracy", axis, by="features", title=f"Retrieval of translations{means}", unit="accuracy"),
+        View("heatmap", "accuracy", axis, "direction", title=f"Retrieval by direction, {best} features",
+             select={"features": best}),
+        View("heatmap", "gap", axis, "pair", title=f"Translations less other sentences, {best} features",
+             unit="cosine paired - unpaired", select={"features": best}),
+        View("heatmap", "cka", axis, "pair", title=f"Debiased CKA of two languages, {best} features", unit="CKA",
+             select={"scaling": best}),
+        View("lines", "top_share", axis, by="language", title="How much of the variance is in one dimension",
+             unit="share of variance"),
     )  # fmt: skip

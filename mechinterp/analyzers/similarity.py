@@ -26,6 +26,8 @@ from mechinterp.core.similarity import (
     folds,
     jackknife,
     likeness,
+    standardized,
+    top_share,
 )
 from mechinterp.core.statistics import fdr
 from mechinterp.errors import ExamplesError, NeedsError
@@ -44,6 +46,8 @@ class Kept:
     tokens: npt.NDArray[np.int64]
     seen: int
     """Units that there were."""
+    top_share: Array
+    """Of each site, the share of variance that is in one dimension, before any standardizing."""
 
     def meta(self, reads: Sequence[Site]) -> dict[str, Any]:
         """What a result says of its units, and of sites where they are all the same."""
@@ -64,6 +68,8 @@ class Sampled(Analyzer):
         units: what one vector stands for: a text, a span, each token or word.
         most: units that are kept; where there are more, `Result.meta` says how many (``units``, ``of``).
         seed: of the choice of units, and of whatever else is drawn.
+        standardize: take z-scores of each dimension over the units. A dimension of massive activations can hold nearly
+            all variance, and then every measure is about it alone (Timkey & van Schijndel 2021).
     Raises:
         NeedsError: sites without a vector for each token, or of several widths, or a `most` below 4.
         ExamplesError: fewer than four units.
@@ -73,6 +79,7 @@ class Sampled(Analyzer):
     units: Units = field(default_factory=Units)
     most: int = 1000
     seed: int = 0
+    standardize: bool = False
 
     def needs(self, model: Model) -> Needs:
         if self.most < LEAST:
@@ -122,7 +129,11 @@ class Sampled(Analyzer):
         seen = sum(int(p.values["seen"][0]) for p in found)
         if seen < LEAST:
             raise ExamplesError(f"{self.name} takes {LEAST} units or more, and there are {seen}; give more texts")
-        return Kept(*features(found), seen)
+        x, owner, tokens = features(found)
+        share = np.array([float(top_share(site)) for site in x])
+        for site in x if self.standardize else ():
+            site.copy_(standardized(site))
+        return Kept(x, owner, tokens, seen, share)
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,8 @@ class Similarity(Sampled):
 
     Result (``measure layer other_layer``; ``site`` in place of ``layer`` where kinds differ): ``similarity``,
     ``ci_low, ci_high``, ``p``, ``q``, ``null_mean`` and ``null_high`` (its 95th percentile), ``at_chance`` (q of .05 or
-    more). NaN where the features of a site are constant, such as embeddings of equal last tokens; `meta` names these.
+    more); and ``top_share`` (``layer``), the share of variance that is in one dimension. NaN where the features of a
+    site are constant, such as embeddings of equal last tokens; `meta` names these.
 
     Attributes:
         measures: some of ``"cosine"``, ``"cka"``, ``"rsa"``.
@@ -179,7 +191,7 @@ class Similarity(Sampled):
             for name in self.measures
         }  # fmt: skip
         axis, labels = places(reads)
-        data = compared(found, axis, labels, labels, same=True)
+        data = compared(found, axis, labels, labels, same=True).assign(top_share=(axis, kept.top_share))
         return Result(data, kept.meta(reads), (likeness_view(axis, f"How alike the {axis}s are"),))
 
 

@@ -29,6 +29,9 @@ from mechinterp.cli.study import (
 from mechinterp.core.display import count
 from mechinterp.errors import ExamplesError
 
+MOSTLY = 0.5
+"""The share of variance in one dimension above which that is said."""
+
 
 class Where(StrEnum):
     all = "all"
@@ -80,7 +83,7 @@ def compare_languages(
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
         typer.echo(f"{loaded}\n")
         units = _units(position)
-        asked = [mi.CrossLingual(shown.rows, units=units, seed=seed), *_map(drawn, units, seed)]
+        asked = [mi.CrossLingual(shown.rows, units=units, seed=seed), *_map(drawn, units, seed, True)]
         found = mi.run(loaded, shown.examples, asked, batch_size=batch_size, seed=seed, progress=True)
         title = f"{count(len(shown.languages), 'language')} in {Path(model).name}"
         about = {"examples": str(file), "sentences": len(shown), "left_out": list(parallel.left_out)}
@@ -94,6 +97,9 @@ def representations(
     label_field: Annotated[str | None, typer.Option("--label-field", help="What the groups of texts are.")] = None,
     limit: Limit = None,
     position: Position = Where.end,
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="z-scores of each dimension, against massive activations.")
+    ] = False,
     drawn: MapOption = None,
     batch_size: BatchSize = None,
     model: ModelName = "smollm2",
@@ -111,10 +117,10 @@ def representations(
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
         typer.echo(f"{loaded}\n")
         units = _units(position)
-        asked: list[mi.Analyzer] = [mi.Similarity(units=units, seed=seed)]
+        asked: list[mi.Analyzer] = [mi.Similarity(units=units, seed=seed, standardize=standardize)]
         if label_field is not None:
-            asked.append(mi.GroupSimilarity(units=units, seed=seed))
-        asked += _map(drawn, units, seed)
+            asked.append(mi.GroupSimilarity(units=units, seed=seed, standardize=standardize))
+        asked += _map(drawn, units, seed, standardize)
         found = mi.run(loaded, examples, asked, batch_size=batch_size, seed=seed, progress=True)
         summary = [line for result in found for line in _TOLD[str(result.meta["analyzer"])](result)]
         title = f"Representations of {file.name} in {Path(model).name}"
@@ -127,14 +133,15 @@ def _units(position: Where) -> Any:
     return Units(position.value)
 
 
-def _map(drawn: Map | None, units: Any, seed: int) -> "list[mi.Analyzer]":
+def _map(drawn: Map | None, units: Any, seed: int, standardize: bool) -> "list[mi.Analyzer]":
     """The map that is asked for; by default one, if scikit-learn is there for its clusters."""
     if drawn is None and importlib.util.find_spec("sklearn") is None:
         typer.echo("no map: it takes scikit-learn; run: pip install 'mechinterp[attribution]'", err=True)
         return []
     if drawn is Map.none:
         return []
-    return [mi.RepresentationMap(units=units, seed=seed, method="umap" if drawn is Map.umap else "pca")]
+    method = "umap" if drawn is Map.umap else "pca"
+    return [mi.RepresentationMap(units=units, seed=seed, standardize=standardize, method=method)]
 
 
 def _texts(file: Path, text: str, label: str | None, limit: int | None, seed: int) -> "mi.Examples":
@@ -158,27 +165,40 @@ def _texts(file: Path, text: str, label: str | None, limit: int | None, seed: in
 
 def _languages(found: "mi.Result") -> list[str]:
     """For each pair of languages the layer where translations are found best."""
-    data: Any = found.data.sel(centring="each language")
-    axis = str(data["cka"].dims[1])
+    data: Any = found.data
+    axis = str(data["cka"].dims[-1])
     out: list[str] = []
     for i, pair in enumerate(data["pair"].values):
-        plain, both = (
-            found.data["accuracy"].sel(centring=name).isel(direction=[2 * i, 2 * i + 1]).mean("direction")
-            for name in ("none", "each language")
-        )
-        if (at := _largest(both)) is None:
+        raw, centred, scaled = data["accuracy"].isel(direction=[2 * i, 2 * i + 1]).mean("direction")
+        if (at := _largest(scaled)) is None:
             out.append(f"{pair}: the features are all the same.")
             continue
-        here = data.isel({axis: at, "pair": i})
+        here = data.isel({axis: at, "pair": i}).sel(scaling="standardized")
         out.append(
             f"{pair}, {count(int(here['sentences']), 'sentence')}: translations are found best in"
-            f" {axis} {data[axis].values[at]} ({float(both[at]):.0%} with each language centred,"
-            f" {float(plain[at]):.0%} without; chance {float(data['chance'][2 * i]):.1%});"
-            f" debiased CKA there {float(here['cka']):.2f} ({float(here['cka_ci_low']):.2f} to"
-            f" {float(here['cka_ci_high']):.2f})."
+            f" {axis} {data[axis].values[at]} ({float(scaled[at]):.0%} of standardized features,"
+            f" {float(centred[at]):.0%} with each language centred, {float(raw[at]):.0%} of raw ones; chance"
+            f" {float(data['chance'][2 * i]):.1%}); debiased CKA there {float(here['cka']):.2f}"
+            f" ({float(here['cka_ci_low']):.2f} to {float(here['cka_ci_high']):.2f}), standardized."
         )
-    significant = int((data["q"] < 0.05).sum())
-    return [*out, f"{significant} of {data['q'].size} cells of direction and {axis} are above chance (q < .05)."]
+    significant: Any = data["q"].sel(features="standardized") < 0.05
+    out.append(
+        f"{int(significant.sum())} of {significant.size} cells of direction and {axis} are above chance (standardized,"
+        " q < .05)."
+    )
+    return [*out, *_dominated(data["top_share"], axis)]
+
+
+def _dominated(shares: Any, axis: str) -> list[str]:
+    """A warning where one dimension has most of the variance."""
+    most: Any = shares.max([name for name in shares.dims if name != axis])
+    where = [str(entry) for entry, share in zip(most[axis].values, most.values, strict=True) if share > MOSTLY]
+    if not where:
+        return []
+    return [
+        f"One dimension has up to {float(most.max()):.0%} of the variance, and over {MOSTLY:.0%} in {axis}"
+        f" {', '.join(where)}: without standardizing, similarity there is about this dimension."
+    ]
 
 
 def _alike(found: "mi.Result") -> list[str]:
@@ -198,7 +218,8 @@ def _alike(found: "mi.Result") -> list[str]:
                 f" {float(one[0, -1]):.2f}; of neighbours, {data[axis].values[at]} and {data[axis].values[at + 1]} are"
                 f" least alike ({neighbours[at]:.2f})."
             )
-    return out
+    standardized = found.meta["options"]["standardize"] == "True"
+    return out if standardized else [*out, *_dominated(data["top_share"], axis)]
 
 
 def _groups(found: "mi.Result") -> list[str]:

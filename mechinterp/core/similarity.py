@@ -161,6 +161,19 @@ def centred(x: Float[Tensor, "*sites unit dim"]) -> Float[Tensor, "*sites unit d
     return torch.where(spread <= ROUNDING * length, 0.0, out)
 
 
+def standardized(x: Float[Tensor, "*sites unit dim"]) -> Float[Tensor, "*sites unit dim"]:
+    """z-scores of each dimension over units, in float64; 0 where a dimension is constant."""
+    spread = centred(x)
+    deviation = spread.square().mean(-2, keepdim=True).sqrt()
+    return torch.where(deviation <= ROUNDING * x.double().mean(-2, keepdim=True).abs(), 0.0, spread / deviation)
+
+
+def top_share(x: Float[Tensor, "*sites unit dim"]) -> Float[Tensor, "*sites"]:
+    """The share of all variance that is in one dimension, the largest; NaN where features are constant."""
+    variance = centred(x).square().sum(-2)
+    return variance.amax(-1) / variance.sum(-1)
+
+
 class _Form(ABC):
     """Features of some sites in the form that a measure takes."""
 

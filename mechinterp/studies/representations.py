@@ -38,6 +38,7 @@ def compare_representations(
     units: Units | None = None,
     measures: Sequence[Measure] | None = None,
     most: int = 1000,
+    standardize: bool = False,
     draws: int = 200,
     batch_size: int | None = None,
     seed: int = 0,
@@ -55,7 +56,7 @@ def compare_representations(
         other_sites: of the second; by default the same.
         units: what one vector stands for; by default each text at its last token.
         measures: by default all that the widths allow.
-        most, draws, seed: as for `Similarity`; batch_size, progress: as for `run`.
+        most, standardize, draws, seed: as for `Similarity`; batch_size, progress: as for `run`.
     Returns:
         As of `Similarity`, with ``layer`` of the first model and ``other_layer`` of the second.
     Raises:
@@ -67,7 +68,10 @@ def compare_representations(
     given, chosen = as_examples(examples), units or Units()
     check_measures("compare_representations", MEASURES if measures is None else measures)
     _check_same(model_a, model_b, given, chosen)
-    asked = [UnitFeatures(some, chosen, most, seed) for some in (sites, sites if other_sites is None else other_sites)]
+    asked = [
+        UnitFeatures(some, chosen, most, seed, standardize)
+        for some in (sites, sites if other_sites is None else other_sites)
+    ]
     models = (model_a, model_b)
     found = [
         run(model, given, one, batch_size=batch_size, seed=seed, progress=progress)
