@@ -65,7 +65,7 @@ def test_clusters_that_are_there_are_found(llama: mi.Model) -> None:
 def test_units_in_a_text_are_shown_where_they_stand(llama: mi.Model) -> None:
     found = mi.run(llama, TEXTS, mi.RepresentationMap("resid_post", Units(each="token"), most=15))
     texts = found.data["text"].values.tolist()
-    assert len(texts) == 15 and found.meta["of"] == 48
+    assert len(texts) == 15 and found.meta["units_seen"] == 48
     for text, example in zip(texts, found.data["example"].values, strict=True):
         before, _, token = text.removesuffix("]").partition("[")
         assert TEXTS[example].startswith(before + token), text

@@ -88,7 +88,8 @@ def test_rsa_and_cosine_by_hand() -> None:
     x, y = gaussian(15, 6), gaussian(15, 6, seed=1)
     x[3] = x[4]  # a dissimilarity of 0, and ties
     x[5], x[6] = x[7], x[8]
-    expected = stats.spearmanr(pdist(x.numpy(), "cosine").round(10), pdist(y.numpy(), "cosine").round(10)).statistic
+    spearmanr: Any = stats.spearmanr
+    expected = spearmanr(pdist(x.numpy(), "cosine").round(10), pdist(y.numpy(), "cosine").round(10)).statistic
     assert similarity(x, y, "rsa") == pytest.approx(expected, abs=1e-6)
     each = [float(a @ b / a.norm() / b.norm()) for a, b in zip(x, y, strict=True)]
     assert similarity(x, y, "cosine") == pytest.approx(np.mean(each), abs=1e-6)
@@ -104,7 +105,8 @@ def test_all_pairs_of_sites_are_the_single_ones(measure: core.Measure, monkeypat
     matched = likeness(x[:2], y, measure, draws=20, matched=True)
     for name in ("value", "ci_low", "ci_high", "p", "null_mean", "null_high"):
         np.testing.assert_allclose(getattr(matched, name), np.diag(getattr(found, name)[:2]), atol=1e-5)
-    left = np.array([similarity(*(torch.cat([s[:i], s[i + 1 :]]) for s in (x[0], y[1])), measure) for i in range(9)])
+    kept = [[j for j in range(9) if j != i] for i in range(9)]
+    left = np.array([similarity(x[0][rows], y[1][rows], measure) for rows in kept])
     z = np.arctanh(left)
     reach = stats.t.ppf(0.975, 8) * np.sqrt(8 / 9 * ((z - z.mean()) ** 2).sum())
     ends = np.tanh(np.arctanh(found.value[0, 1]) + np.array([-reach, reach]))
@@ -206,14 +208,14 @@ def test_layers_by_hand(llama: mi.Model) -> None:
         for name in set(data.data_vars) - {"top_share"}:
             np.testing.assert_equal(one[name].values, mirror[name].values)
         assert np.isnan(float(one["q"])) == (i == j)
-    assert found.meta["units"] == found.meta["of"] == found.meta["texts"] == len(TEXTS)
+    assert found.meta["units"] == found.meta["units_seen"] == found.meta["texts"] == len(TEXTS)
 
 
 def test_some_units_are_kept_whatever_the_batches(llama: mi.Model) -> None:
     asked = mi.Similarity(units=Units(each="token"), most=25, draws=5)
     first, second = (mi.run(llama, TEXTS, asked, batch_size=n) for n in (1, 12))
     whole = sum(len(ids) - 1 for ids in llama.tokenize(TEXTS).ids)
-    assert first.meta["units"] == 25 and first.meta["of"] == whole > 25
+    assert first.meta["units"] == 25 and first.meta["units_seen"] == whole > 25
     np.testing.assert_allclose(first.data["similarity"], second.data["similarity"], atol=1e-5)
     other = mi.run(llama, TEXTS, mi.Similarity(units=Units(each="token"), most=25, draws=5, seed=1))
     assert not np.allclose(first.data["similarity"], other.data["similarity"], atol=1e-4)

@@ -53,8 +53,11 @@ class Kept:
         """What a result says of its units, and of sites where they are all the same."""
         constant = [str(site) for site, x in zip(reads, self.x, strict=True) if not bool(centred(x).any())]
         return {
-            "units": len(self.owner), "of": self.seen, "texts": len(np.unique(self.owner)), "constant": constant,
-        }  # fmt: skip
+            "units": len(self.owner),
+            "units_seen": self.seen,
+            "texts": len(np.unique(self.owner)),
+            "constant": constant,
+        }
 
 
 @dataclass(frozen=True)

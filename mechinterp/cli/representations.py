@@ -204,7 +204,8 @@ def _dominated(shares: Any, axis: str) -> list[str]:
 def _alike(found: "mi.Result") -> list[str]:
     data: Any = found.data
     axis = str(data["similarity"].dims[1])
-    out = [f"{count(found.meta['units'], 'unit')} of {found.meta['of']:,}, from {count(found.meta['texts'], 'text')}."]
+    meta = found.meta
+    out = [f"{count(meta['units'], 'unit')} of {meta['units_seen']:,}, from {count(meta['texts'], 'text')}."]
     if constant := found.meta["constant"]:
         out.append(f"The features are the same in all units at {', '.join(constant)}: no similarity there.")
     for measure in data["measure"].values:

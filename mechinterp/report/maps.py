@@ -60,8 +60,10 @@ def representation_map(result: Result) -> go.Figure:
         figure.update_yaxes(title_text="second principal component")
     figure.update_xaxes(zeroline=False)
     figure.update_yaxes(zeroline=False)
+    seen = result.meta.get("units_seen", 0)
     notes = [
-        count(len(texts), "unit") + (f" of {result.meta['of']:,}" if result.meta.get("of", 0) > len(texts) else ""),
+        count(len(texts), "unit")
+        + (f" of {seen:,}" if (seen := result.meta.get("units_seen", 0)) > len(texts) else ""),
         f"coloured by {'label' if by_label else 'cluster'}",
         "distances between groups mean nothing" if method == "umap" else "",
     ]
