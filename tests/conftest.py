@@ -1,8 +1,8 @@
 """Shapes and types are checked at run time in every test: jaxtyping's hook must come before the first import."""
 
-from jaxtyping import install_import_hook
+from tests.checking import install
 
-install_import_hook("mechinterp", "beartype.beartype")
+install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
