@@ -35,6 +35,8 @@ BUDGET = 1 << 30
 """Bytes that a sweep may take beside the model."""
 TOKENS = 1 << 12
 """Tokens in flight at most on a CPU, where larger tensors gain nothing and are given back to the system each time."""
+HELD = 1.5
+"""Bytes held for each byte in use: between tensors of many sizes an allocator has some that it cannot hand out."""
 _FIXED = (Replace, Add, Scale, Zero, Mean, Noise, Project, Steer, Knockout, EditFeatures)
 """Interventions that make of each position what does not depend on the others; a user's own may."""
 
@@ -226,7 +228,7 @@ def _function(write: Intervention | None) -> bool:
 
 def _examples_at_once(model: Model, sweep: Sweep, batch: TokenBatch, budget: int) -> int:
     """As many as leave half of the budget to the rows in flight."""
-    d, item = model.dims, model.dtype.itemsize
+    d, item = model.dims, model.dtype.itemsize * HELD
     per_token = d.n_layers * (d.d_model + 2 * d.n_kv_heads * d.d_head)
     widths = {"d_model": d.d_model, "d_head": d.d_head, "d_mlp": d.d_mlp, "expert": d.n_experts}
     widths |= {"head": d.n_heads, "kv_head": d.n_kv_heads, "query": 1, "key": int(batch.lengths.max())}
@@ -234,7 +236,7 @@ def _examples_at_once(model: Model, sweep: Sweep, batch: TokenBatch, budget: int
     for site in [*written, *(site.whole for site in (*resolve(sweep.held, d.n_layers), *sweep.reads))]:
         sizes = [widths.get(axis, 1) for axis in KINDS[site.kind].axes]
         per_token += int(np.prod(sizes)) * (1 if sweep.patches else 2)
-    each = max(per_token * item, _bytes_in_flight(model)) * int(batch.lengths.max())
+    each = int(max(per_token * item, _bytes_in_flight(model))) * int(batch.lengths.max())
     if each * 2 > budget:
         raise NeedsError(
             f"a budget of {budget / 1e6:.3g} MB is too small for one example of {int(batch.lengths.max())} tokens,"
@@ -247,7 +249,7 @@ def _bytes_in_flight(model: Model) -> int:
     """What one token takes at the widest place of a layer."""
     d = model.dims
     attention = 5 * d.n_heads * d.d_head + 4 * d.n_kv_heads * d.d_head
-    return (4 * d.d_model + max(attention, 4 * d.d_mlp)) * model.dtype.itemsize
+    return (4 * d.d_model + max(attention, 4 * d.d_mlp)) * int(model.dtype.itemsize * HELD)
 
 
 class _Sweeping(Runs):
@@ -335,7 +337,7 @@ class _Sweeping(Runs):
     def _chunks(self, rows: Rows) -> Iterator[Rows]:
         """Whole cells, early layers first, as many as fit into what the caches leave of the budget."""
         passes = [self.base] if self.source is None else [self.base, self.source]
-        caches = sum(v.numel() * v.element_size() for one in passes for v in one.values.values())
+        caches = int(HELD * sum(v.numel() * v.element_size() for one in passes for v in one.values.values()))
         rows = rows.take(np.lexsort((rows.cell, rows.enters)))
         firsts = np.nonzero(np.diff(rows.cell, prepend=-1))[0]  # a cell's examples are neighbours
         sizes = np.add.reduceat(rows.length - rows.start, firsts) if len(rows) else firsts
