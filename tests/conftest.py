@@ -49,3 +49,9 @@ def ids(model: mi.Model) -> list[list[int]]:
     """Three sequences of nine random tokens."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(2, model.dims.vocab, (3, 9), generator=generator).tolist()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study's figures are not drawn as pictures, which take longer than all else; its page has them still."""
+    monkeypatch.setattr("mechinterp.report.study.write_figures", lambda _, folder: folder.mkdir())

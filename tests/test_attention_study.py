@@ -26,6 +26,12 @@ VOCABULARY = "people: [Mary, John, Tom, Anna]\nplaces: [store, school, garden, o
 N = 15
 
 
+@pytest.fixture(autouse=True)
+def few_pictures(request: pytest.FixtureRequest) -> None:
+    if "pictures" not in request.keywords:
+        request.getfixturevalue("no_pictures")
+
+
 def rows(n: int = N) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     out: list[dict[str, Any]] = []
@@ -219,6 +225,7 @@ def test_the_vocabulary_is_matched_in_the_samples_own_text(tmp_path: Path, llama
 # Files
 
 
+@pytest.mark.pictures
 def test_the_files_of_a_study(tmp_path: Path, llama: mi.Model) -> None:
     study = run(setup(tmp_path), llama)
     out = tmp_path / "out"

@@ -361,8 +361,13 @@ def test_interrupt_while_writing_leaves_nothing(here: Path, tiny_folder: Path, m
 def test_ctrl_c_in_a_real_process(here: Path, tiny_folder: Path) -> None:
     """SIGINT at the moment when the hidden folder appears; once more where a busy machine let the study end first."""
     command = [sys.executable, "-m", "mechinterp.cli.main", "demo", "--model", str(tiny_folder), "--n", "2"]
+    pipe = subprocess.PIPE
+
+    def heeding() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what runs these tests in the background may ignore it
+
     for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here) as process:
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=here, preexec_fn=heeding) as process:
             deadline = time.monotonic() + 120
             while process.poll() is None and not os.listdir(here) and time.monotonic() < deadline:
                 time.sleep(0.01)

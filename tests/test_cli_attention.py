@@ -12,6 +12,8 @@ from tests.test_cli_causal import here, invoke, one_line, said, tiny_folder
 
 __all__ = ["here", "tiny_folder"]  # fixtures
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 def test_a_study_from_the_command_line(here: Path, tiny_folder: Path) -> None:
     config = setup(here)

@@ -216,8 +216,8 @@ def test_languages_are_compared(here: Path, folder: str) -> None:
     assert not (here / "u").exists()
 
 
-def test_representations(here: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechinterp.report.study.write_figures", lambda _, folder: folder.mkdir())  # they take long
+@pytest.mark.usefixtures("no_pictures")
+def test_representations(here: Path, folder: str) -> None:
     rows = [{"text": text, "kind": "<b>&" if i % 2 else "</script>"} for i, text in enumerate(SENTENCES)]
     write(here / "t.jsonl", rows)
     asked = ["representations", "t.jsonl", "--model", folder, "--out", "s"]
