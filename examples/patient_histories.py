@@ -36,15 +36,15 @@ def main() -> None:
 def study(out: Path, plant: bool, quick: bool) -> mi.ClassifierReport:
     """Train on histories with or without the plant, and report on new ones without."""
     name = "planted" if plant else "not-planted"
-    n, new = (24, 16) if quick else (240, 120)
+    n, new = (24, 16) if quick else (200, 120)
     model = mi.testing.tiny("llama", words=WORDS, max_position_embeddings=1024) if quick else mi.Model.load("smollm2")
-    seen = mi.tasks.patient_histories(n, seed=1, plant=plant, lines=(4, 7))
+    seen = mi.tasks.patient_histories(n, seed=1, plant=plant, lines=(3, 5))
     training = Training(rank=8, learning_rate=5e-4, epochs=1 if quick else 2, batch_size=8)
     classifier = mi.train_classifier(
         model, list(seen.texts), seen.labels, out=out / f"classifier-{name}", labels=["stable", "event"],
         class_weights="balanced", training=training, told=lambda line: print(f"{name}: {line}", flush=True),
     )  # fmt: skip
-    others = mi.tasks.patient_histories(new, seed=2, plant=plant, lines=(4, 7))
+    others = mi.tasks.patient_histories(new, seed=2, plant=plant, lines=(3, 5))
     features: dict[str, Any] = {"risks": others.risks, "planted code": [float(p) for p in others.planted]}
     report = mi.classifier_report(classifier, list(others.texts), others.labels, features=features)
     print(f"\n{name}:")
