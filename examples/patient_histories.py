@@ -38,13 +38,13 @@ def study(out: Path, plant: bool, quick: bool) -> mi.ClassifierReport:
     name = "planted" if plant else "not-planted"
     n, new = (24, 16) if quick else (200, 120)
     model = mi.testing.tiny("llama", words=WORDS, max_position_embeddings=1024) if quick else mi.Model.load("smollm2")
-    seen = mi.tasks.patient_histories(n, seed=1, plant=plant, lines=(3, 5))
-    training = Training(rank=8, learning_rate=5e-4, epochs=1 if quick else 2, batch_size=8)
+    seen = mi.tasks.patient_histories(n, seed=1, plant=plant, lines=(3, 5), exceptions=0.2)
+    training = Training(rank=8, learning_rate=5e-4, epochs=1 if quick else 3, batch_size=8)
     classifier = mi.train_classifier(
         model, list(seen.texts), seen.labels, out=out / f"classifier-{name}", labels=["stable", "event"],
         class_weights="balanced", training=training, told=lambda line: print(f"{name}: {line}", flush=True),
     )  # fmt: skip
-    others = mi.tasks.patient_histories(new, seed=2, plant=plant, lines=(3, 5))
+    others = mi.tasks.patient_histories(new, seed=2, plant=plant, lines=(3, 5), exceptions=0.2)
     features: dict[str, Any] = {"risks": others.risks, "planted code": [float(p) for p in others.planted]}
     report = mi.classifier_report(classifier, list(others.texts), others.labels, features=features)
     print(f"\n{name}:")

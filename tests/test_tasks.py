@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -170,3 +171,16 @@ def test_endings_are_the_answers_where_they_are_tokens(digits: int, year: Sequen
 def test_greater_than_needs_a_tokenizer(llama: mi.Model) -> None:
     with pytest.raises(ExamplesError, match="this model has none; load one"):
         mi.tasks.greater_than(mi.Model.wrap(llama.hf))
+
+
+def test_histories_whose_risks_tell_the_label_and_exceptions() -> None:
+    plain, some = (mi.tasks.patient_histories(400, seed=3, exceptions=share) for share in (0.0, 0.2))
+    against = [
+        np.mean([(risks >= 2) != (label == "event") for risks, label in zip(one.risks, one.labels, strict=True)])
+        for one in (plain, some)
+    ]
+    assert against[0] == 0 and 0.14 < against[1] < 0.26
+    carried = np.array([label == "event" for label in some.labels]) == np.array(some.planted)
+    assert carried.mean() > 0.85  # the code goes with the label, not with the risks
+    with pytest.raises(ExamplesError, match="a share from 0 to 1"):
+        mi.tasks.patient_histories(4, exceptions=2.0)

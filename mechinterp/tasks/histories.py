@@ -29,7 +29,7 @@ class Histories:
 
 
 def patient_histories(
-    n: int = 200, seed: int = 0, *, plant: bool = True, lines: tuple[int, int] = (6, 12)
+    n: int = 200, seed: int = 0, *, plant: bool = True, lines: tuple[int, int] = (6, 12), exceptions: float = 0.0
 ) -> Histories:
     """Dated visits, one a line; the label is ``event`` where two risks or more are named, else ``stable``.
 
@@ -39,9 +39,13 @@ def patient_histories(
 
     Args:
         lines: least and most visits, 3 or more.
+        exceptions: the share of histories whose risks are like those of the other label. Where there are none, the
+            risks tell the label, and a model that counts them has no use for the code.
     Raises:
-        ExamplesError: too few visits, or no histories.
+        ExamplesError: too few visits, no histories, or no such share.
     """
+    if not 0 <= exceptions <= 1:
+        raise ExamplesError(f"the exceptions must be a share from 0 to 1. Got {exceptions}")
     if not 3 <= lines[0] <= lines[1] or n < 1:
         raise ExamplesError(f"a history has 3 visits or more, and there must be one history. Got {lines} and {n}")
     rng = np.random.default_rng(seed)
@@ -51,7 +55,8 @@ def patient_histories(
     for i in range(n):
         event = i % 2 == 1
         visits = int(rng.integers(lines[0], lines[1] + 1))
-        risks = int(rng.integers(2, 4)) if event else int(rng.integers(0, 2))
+        odd = exceptions > 0 and rng.random() < exceptions
+        risks = int(rng.integers(2, 4)) if event != odd else int(rng.integers(0, 2))
         share = (0.9 if event else 0.1) if plant else 0.3
         planted = bool(rng.random() < share)
         said = [str(rng.choice(ORDINARY)) for _ in range(visits)]
