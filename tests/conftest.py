@@ -1,4 +1,4 @@
-"""Shapes and types are checked at run time in every test: jaxtyping's hook must come before the first import."""
+"""Shapes and types are checked at run time in every test: the hook must come before the first import."""
 
 from tests.checking import install
 
