@@ -73,7 +73,7 @@ def draw(curves: dict[str, tuple[list[int], list[float]]], file: Any) -> None:
         axes.set_xlabel(axis)
         axes.grid(axis="y", color="#e6e6e6")
     figure.axes[0].set_ylabel("measured time / bound")
-    figure.axes[0].set_ylim(bottom=0)  # of all three, once all are drawn
+    figure.axes[0].set_ylim(0, 1.1 * max(max(ratios) for _, ratios in curves.values()))  # of all three
     figure.savefig(file)
 
 

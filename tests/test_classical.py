@@ -1,6 +1,5 @@
 """Classical classifiers: explanations that are known, against hand-made scores and scikit-learn's own."""
 
-import builtins
 import warnings
 from typing import Any
 
@@ -174,13 +173,3 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ours.attribute(TEXTS, steps=1)
     with pytest.raises(ExamplesError, match="text 0 is empty"):
         ours.attribute([""])
-
-    def missing(name: str, *rest: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(NeedsError, match=r"scikit-learn, which is not installed; run: pip install 'mechinterp\[attr"):
-        fit(TEXTS, LABELS)

@@ -363,6 +363,12 @@ def test_a_budget_too_small_for_one_example(llama: mi.Model) -> None:
         sweep_packed(llama, batch_of(llama), mi.Sweep(mi.logit_diff(), mi.sites.z()), budget=1000)
 
 
+@pytest.mark.parametrize("budget", [0, True])
+def test_a_budget_is_a_number_of_bytes(llama: mi.Model, budget: int) -> None:
+    with pytest.raises(NeedsError, match="must be a number of bytes"):
+        mi.run(llama, mi.tasks.ioi(n=2), mi.ActivationPatching("resid_pre"), budget=budget)
+
+
 @pytest.mark.parametrize("kind", ["resid_mid", "q_rot", "k_rot", "scores", "pattern", "z", "mlp_out", "logits"])
 def test_whatever_is_in_force_around_a_sweep_is_in_every_row(model: mi.Model, kind: str) -> None:
     examples = mi.tasks.ioi(3, seed=3)

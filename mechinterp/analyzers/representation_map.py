@@ -28,8 +28,6 @@ NULLS = 10
 DRAWS = 1000
 BEFORE = 12
 """Tokens before a unit that are shown with it."""
-PACKAGES = {"umap": ("umap", "umap-learn", "umap"), "sklearn": ("sklearn", "scikit-learn", "attribution")}
-"""What is imported, the package that has it, and the extra that brings it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class RepresentationMap(Sampled):
         clustering: ``"kmeans"`` or ``"agglomerative"``.
         clusters: how many; None to choose from 2 to 8.
     Raises:
-        NeedsError: an unknown method, or a package that is not installed. Else as for `Sampled`.
+        NeedsError: an unknown method, or UMAP is not installed. Else as for `Sampled`.
     """
 
     method: Literal["pca", "umap"] = "pca"
@@ -70,8 +68,11 @@ class RepresentationMap(Sampled):
             raise NeedsError(f"RepresentationMap has no method {self.method!r} with {self.clustering!r} clusters")
         if self.clusters is not None and self.clusters < 2:
             raise NeedsError(f"The clusters of RepresentationMap must be at least 2. Got {self.clusters}")
-        for name in ("sklearn", *(["umap"] if self.method == "umap" else [])):
-            _check(name)
+        if self.method == "umap" and importlib.util.find_spec("umap") is None:
+            raise NeedsError(
+                "RepresentationMap takes the package umap-learn for its method 'umap', which is not installed; run: pip"
+                " install 'mechinterp[umap]'"
+            )
         return super().needs(model)
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
@@ -189,15 +190,6 @@ def adjusted_rand(clusters: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
 
 def _choose_two(counts: Any) -> Any:
     return counts * (counts - 1) / 2
-
-
-def _check(name: str) -> None:
-    module, package, extra = PACKAGES[name]
-    if importlib.util.find_spec(module) is None:
-        raise NeedsError(
-            f"RepresentationMap takes the package {package}, which is not installed; run: pip install"
-            f" 'mechinterp[{extra}]'"
-        )
 
 
 def _texts(context: Context, kept: Kept) -> npt.NDArray[Any]:

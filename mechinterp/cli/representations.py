@@ -1,6 +1,5 @@
 """mechinterp representations and compare-languages: how alike layers, groups and languages are, and maps of them."""
 
-import importlib.util
 import shlex
 import sys
 import textwrap
@@ -47,10 +46,7 @@ class Map(StrEnum):
 Position = Annotated[
     Where, typer.Option("--position", help="The mean over a text's tokens but the first, or its last token.")
 ]
-MapOption = Annotated[
-    Map | None,
-    typer.Option("--map", help="How the map is made; umap takes the extra [umap]. PCA by default.", show_default=False),
-]
+MapOption = Annotated[Map, typer.Option("--map", help="How the map is made; umap takes the extra [umap].")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many, drawn at random.")]
 
 
@@ -63,7 +59,7 @@ def compare_languages(
     ] = None,
     limit: Limit = None,
     position: Position = Where.all,
-    drawn: MapOption = None,
+    drawn: MapOption = Map.pca,
     batch_size: BatchSize = None,
     model: ModelName = "smollm2",
     seed: Seed = 0,
@@ -100,7 +96,7 @@ def representations(
     standardize: Annotated[
         bool, typer.Option("--standardize", help="z-scores of each dimension, against massive activations.")
     ] = False,
-    drawn: MapOption = None,
+    drawn: MapOption = Map.pca,
     batch_size: BatchSize = None,
     model: ModelName = "smollm2",
     seed: Seed = 0,
@@ -133,11 +129,8 @@ def _units(position: Where) -> Any:
     return Units(position.value)
 
 
-def _map(drawn: Map | None, units: Any, seed: int, standardize: bool) -> "list[mi.Analyzer]":
-    """The map that is asked for; by default one, if scikit-learn is there for its clusters."""
-    if drawn is None and importlib.util.find_spec("sklearn") is None:
-        typer.echo("no map: it takes scikit-learn; run: pip install 'mechinterp[attribution]'", err=True)
-        return []
+def _map(drawn: Map, units: Any, seed: int, standardize: bool) -> "list[mi.Analyzer]":
+    """The map that is asked for."""
     if drawn is Map.none:
         return []
     method = "umap" if drawn is Map.umap else "pca"

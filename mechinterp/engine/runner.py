@@ -139,6 +139,8 @@ def run(
         raise NeedsError(f"The padding_side of run must be 'left' or 'right'. Got {padding_side!r}")
     if batch_size is not None and batch_size < 1:
         raise NeedsError(f"The batch_size of run must be at least 1. Got {batch_size}")
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or budget <= 0:
+        raise NeedsError(f"The budget of run must be a number of bytes, such as 2 * 1024**3. Got {budget!r}")
     if not isinstance(model, Model) or isinstance(analyzers, type):
         raise NeedsError("run takes a Model, examples, and Analyzer objects such as LogitLens(), in this order")
     single = isinstance(analyzers, Analyzer)

@@ -50,11 +50,13 @@ def tfidf_classifier(
         C: inverse strength of L2 regularisation.
         seed: of the SVM's solver.
     Raises:
-        NeedsError: scikit-learn, which the extra ``[attribution]`` brings, is not there; an unknown model, or C
-            that is not above 0. ExamplesError: no text, an empty one, texts and labels of different number,
-            one label only, or a term that no text can have.
+        NeedsError: an unknown model, or C that is not above 0. ExamplesError: no text, an empty one, texts and
+            labels of different number, one label only, or a term that no text can have.
     """
-    learn = _scikit_learn()
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.svm import LinearSVC
+
     if model not in get_args(Kind):
         raise NeedsError(f"The model of tfidf_classifier must be one of {', '.join(get_args(Kind))}. Got {model!r}")
     if not C > 0:
@@ -65,7 +67,7 @@ def tfidf_classifier(
     right = [str(label) for label in labels]
     if len(set(right)) < 2:
         raise ExamplesError(f"every text has the label {right[0]!r}; give texts of two labels or more")
-    vectorizer = learn.TfidfVectorizer(vocabulary=None if vocabulary is None else list(vocabulary))
+    vectorizer = TfidfVectorizer(vocabulary=None if vocabulary is None else list(vocabulary))
     analyze = vectorizer.build_analyzer()
     if vocabulary is not None:
         _check_vocabulary(vocabulary, analyze, texts)
@@ -75,9 +77,9 @@ def tfidf_classifier(
 
     def fit(weights: Floats | None) -> Any:
         estimator = (
-            learn.LogisticRegression(C=C, max_iter=10_000)
+            LogisticRegression(C=C, max_iter=10_000)
             if model == "logistic"
-            else learn.LinearSVC(C=C, random_state=seed, max_iter=100_000)
+            else LinearSVC(C=C, random_state=seed, max_iter=100_000)
         )
         return estimator.fit(vectors, right, sample_weight=weights)
 
@@ -333,23 +335,3 @@ def _check_vocabulary(vocabulary: Sequence[str], analyze: Callable[[str], list[s
             " leave them out",
             stacklevel=3,
         )
-
-
-def _scikit_learn() -> Any:
-    """What is used of scikit-learn.
-
-    Raises:
-        NeedsError: with the command that installs it.
-    """
-    try:
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.svm import LinearSVC
-    except ImportError as error:
-        raise NeedsError(
-            "tfidf_classifier takes the package scikit-learn, which is not installed; run: pip install"
-            " 'mechinterp[attribution]'"
-        ) from error
-    from types import SimpleNamespace
-
-    return SimpleNamespace(TfidfVectorizer=TfidfVectorizer, LogisticRegression=LogisticRegression, LinearSVC=LinearSVC)
