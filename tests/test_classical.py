@@ -146,7 +146,7 @@ def test_texts_without_a_known_term_are_said(kind: Any) -> None:
         ours.predict(TEXTS)
 
 
-def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input() -> None:
     fit = mi.tfidf_classifier
     with pytest.raises(ExamplesError, match="every text has the label 'good'; give texts of two labels"):
         fit(TEXTS[:2], LABELS[:2])
