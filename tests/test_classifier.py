@@ -183,6 +183,9 @@ def test_bad_input(tmp_path: Path) -> None:
         return lambda: mi.train_classifier(tiny(), texts, gold, out=tmp_path / "o", **options)
 
     two, gone = ["a", "b"], tmp_path / "gone"
+    kept = mi.load_classifier(tiny(), head=head())
+    mi.save_classifier(kept, tmp_path / "kept")
+    (tmp_path / "moved.yaml").write_text("base: base\nadapter: moved\n")
     cases: list[tuple[str, type[MechinterpError], Callable[[], object]]] = [
         ("of width 16, and those of tiny-llama have 32", ModelError, load(base, head=head(width=16))),
         ("2 outputs, and the labels are a; name each once", ModelError, load(base, head=head(), labels=["a"])),
@@ -198,10 +201,11 @@ def test_bad_input(tmp_path: Path) -> None:
         ("cannot be held out", ExamplesError, train(two, ["x", "y"])),
         ("'y', which is none of x, z", ExamplesError, train(two, ["x", "y"], labels=["x", "z"])),
         ("context", ExamplesError, train(["a " * 300, "b"], ["x", "y"])),
+        ("there is no folder .*moved", ConfigurationError, load(config=tmp_path / "moved.yaml")),
+        ("'z', which is none of LABEL_0, LABEL_1", ExamplesError, lambda: mi.classifier_report(kept, ["a"], ["z"])),
         ("open it with mi.load_classifier", ModelError, lambda: mi.Model.load(str(tmp_path / "kept"))),
         ("there is no head to save", ModelError, lambda: mi.save_classifier(base, tmp_path / "o")),
     ]
-    mi.save_classifier(mi.load_classifier(tiny(), head=head()), tmp_path / "kept")
     for said, error, do in cases:
         with pytest.raises(error, match=said):
             do()

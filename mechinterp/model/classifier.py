@@ -136,7 +136,10 @@ def save_classifier(model: Model, folder: str | Path, *, base: str | None = None
             tensors["bias"] = score.bias.detach().cpu().contiguous()
         safetensors.torch.save_file(tensors, target / HEAD)
         labels = model.to_str_outputs(range(len(score.weight)))
-        about: dict[str, Any] = {"base": base or model.name, "head": HEAD, "labels": labels}
+        base = base or model.name
+        where = Path(base).expanduser()
+        found = str(where.resolve()) if where.is_dir() else base
+        about: dict[str, Any] = {"base": found, "head": HEAD, "labels": labels}
         if model.peft is not None:
             model.peft.save_pretrained(str(target / ADAPTER), save_embedding_layers=False)
             (target / ADAPTER / "README.md").unlink(missing_ok=True)
@@ -163,8 +166,10 @@ def _configured(path: Path) -> Mapping[str, Any]:
         if not isinstance(out.get(key, ""), str):
             raise ConfigurationError(f"{key} of {path} must be a name or a path. Got {out[key]!r}")
         here = path.expanduser().parent / str(out.get(key, ""))
-        if key in out and here.exists():
+        if key in out and (here.exists() or key == "head"):
             out[key] = str(here)
+        elif key == "adapter" and key in out and str(out[key]).count("/") != 1:  # a hub's id is owner/name
+            raise ConfigurationError(f"{path} says adapter: {out[key]}, and there is no folder {here}; correct it")
     labels = out.get("labels")
     if labels is not None and not (isinstance(labels, list) and all(isinstance(one, str | int) for one in labels)):
         raise ConfigurationError(f"labels of {path} must be a list of names. Got {labels!r}")

@@ -74,17 +74,24 @@ def classify(
     truth = raw.labels if gold is None else tuple(gold)
     labelling = Labelling.of(model, labels, template, answer, chat, system)
     right = None if truth is None else labelling.right(truth, len(raw))
-    data = _dataset(labelling.names, labelling.log_probs(model, raw, batch_size, progress), right, seed)
+    return scored(model, labelling, labelling.log_probs(model, raw, batch_size, progress), right, seed)
+
+
+def scored(
+    model: Model, labelling: "Labelling", log_probs: Floats, right: npt.NDArray[np.intp] | None, seed: int
+) -> Result:
+    """What `classify` says of log-probabilities, ``example label``."""
+    data = _dataset(labelling.names, log_probs, right, seed)
     views = (View("bars", "value", "metric", title="How good the predictions are"),)
-    if truth is None:
+    if right is None:
         views = (View("bars", "probability", "label", title="Mean probability of each label"),)
     else:
         views += (
             View("heatmap", "confusion", "label", "gold_label", title="Right class and prediction", unit="examples"),
             View("lines", "bin_accuracy", "bin_confidence", title="Calibration", unit="accuracy"),
         )  # fmt: skip
-    meta = {**provenance(model), "analyzer": "classify", "template": template, "answer": answer, "seed": seed}
-    return Result(data, meta, views)
+    about = {"analyzer": "classify", "template": labelling.template, "answer": labelling.answer, "seed": seed}
+    return Result(data, {**provenance(model), **about}, views)
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,7 @@ class Labelling:
         """Log of each label's probability as the answer, ``example label``."""
         prompts = self.prompts(texts)
         if model.dims.n_labels is not None:
-            result = run(model, prompts, _Logits(), batch_size=batch_size, progress=progress)
+            result = run(model, prompts, LabelLogProbs(), batch_size=batch_size, progress=progress)
             return result.data["log_prob"].transpose("example", "label").values
         return choose(model, prompts.texts, tuple(self.words.values()), self.answer, batch_size=batch_size).log_probs
 
@@ -210,7 +217,7 @@ def question(words: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Logits(Analyzer):
+class LabelLogProbs(Analyzer):
     """Log-probability of each label of a classifier."""
 
     def needs(self, model: Declared) -> Needs:
@@ -247,7 +254,7 @@ def _told_of(names: tuple[str, ...], right: npt.NDArray[np.intp]) -> None:
         warnings.warn(
             f"no text is {' or '.join(absent)}, so recall and F1 there, 0, say nothing, and the macro means fall with"
             " them; add such texts, or leave the label out",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

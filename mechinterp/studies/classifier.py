@@ -22,7 +22,7 @@ from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.model.model import Model
 from mechinterp.report.study import write_study
 from mechinterp.report.trajectory import trajectory_picker
-from mechinterp.studies.classification import classify
+from mechinterp.studies.classification import LabelLogProbs, Labelling, scored
 
 SHOWN = 40
 """Texts in the menu of trajectories."""
@@ -125,11 +125,14 @@ def classifier_report(
         times: time stamps, as for `Trajectory`.
         batch_size, seed, progress: as for `run`.
     Raises:
-        NeedsError: no classifier, or no such label. ExamplesError: texts and `gold`, or features, do not match.
+        NeedsError: no classifier, or no such label. ExamplesError: texts and `gold`, or features, do not match, or a right
+            label is none of the classifier's.
     """
     raw = texts if isinstance(texts, Examples) else Examples.of(texts)
     truth = raw.labels if gold is None else tuple(gold)
     one = number(model, label)
+    labelling = Labelling.of(model, None, "{text}")
+    right = None if truth is None else labelling.right(truth, len(raw))
     names = model.to_str_outputs(range(model.dims.n_outputs))
     others = [name for i, name in enumerate(names) if i != one]
     answered = Examples.of(raw.texts, answers=[(names[one], others)] * len(raw))
@@ -140,6 +143,7 @@ def classifier_report(
         "high_steps": HighScoreTokens(label, "step"),
         "spurious": SpuriousPatterns(label, seed=seed) if spurious is None else spurious,
         "components": DirectLogitAttribution(),
+        "scores": LabelLogProbs(),
     }
     if features is not None:
         for name, values in features.items():
@@ -148,8 +152,9 @@ def classifier_report(
         asked["dimensions"] = DimensionCorrelation({name: tuple(map(float, v)) for name, v in features.items()})
     found = run(model, answered, list(asked.values()), batch_size=batch_size, seed=seed, progress=progress)
     results = dict(zip(asked, found, strict=True))
-    if truth is not None:
-        results["scores"] = classify(model, raw, gold=truth, batch_size=batch_size, seed=seed)
+    log_probs = results.pop("scores").data["log_prob"].transpose("example", "label").values
+    if right is not None:
+        results["scores"] = scored(model, labelling, log_probs, right, seed)
     told = tuple(text if isinstance(text, str) else repr(text) for text in raw.texts)
     return ClassifierReport(told, names[one], results, provenance(model))
 
