@@ -22,7 +22,7 @@ from mechinterp.errors import ExamplesError, ModelError
 from mechinterp.model.model import Model
 from mechinterp.report.study import write_study
 from mechinterp.report.trajectory import trajectory_picker
-from mechinterp.studies.classification import LabelLogProbs, Labelling, scored
+from mechinterp.studies.classification import Labelling, LabelLogProbs, scored
 
 SHOWN = 40
 """Texts in the menu of trajectories."""
@@ -125,8 +125,8 @@ def classifier_report(
         times: time stamps, as for `Trajectory`.
         batch_size, seed, progress: as for `run`.
     Raises:
-        NeedsError: no classifier, or no such label. ExamplesError: texts and `gold`, or features, do not match, or a right
-            label is none of the classifier's.
+        NeedsError: no classifier, or no such label. ExamplesError: texts and `gold`, or features, do not match, or a
+            right label is none of the classifier's.
     """
     raw = texts if isinstance(texts, Examples) else Examples.of(texts)
     truth = raw.labels if gold is None else tuple(gold)
