@@ -36,7 +36,7 @@ TOLERANCE = 1e-3
 
 def main() -> None:
     options = arguments(__doc__)
-    model = mi.Model.load("smollm2")
+    model = mi.testing.tiny("llama", layers=6) if options.quick else mi.Model.load("smollm2")
     for parameter in model.hf.parameters():
         parameter.requires_grad_(False)
     rounds = 1 if options.quick else 5
@@ -44,8 +44,9 @@ def main() -> None:
     early, late = mi.Examples.pairs([CLEAN], [CORRUPTED], answers), mi.Examples.pairs([CLEAN], [LATE], answers)
     lines: list[Any] = []
     residual = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre(), positions="each")
+    cells = f"{model.dims.n_layers} × {int(model.tokenize(late).lengths[0])}"
     for work, examples, skip, limits in (
-        ("30 × 14 residual sweep", late, True, {"TransformerLens": 0.01, "nnsight": 0.05, "floor": 1.5}),
+        (f"{cells} residual sweep", late, True, {"TransformerLens": 0.01, "nnsight": 0.05, "floor": 1.5}),
         ("the same, every cell run", early, False, {"TransformerLens": 0.05, "nnsight": 0.25, "floor": 1.5}),
     ):
         batch = model.tokenize(examples).batch([0])
@@ -60,7 +61,7 @@ def main() -> None:
     limits = {"hooks": 0.25, "floor": 1.5}
     work = f"z by layer × head, {len(pairs)} pairs"
     lines += contest(model, work, pairs, sweep, True, limits, 1 if options.quick else 3, options.quick)
-    facts = environment(model="smollm2", threads=torch.get_num_threads(), dtype="float32", rounds=rounds)
+    facts = environment(model=model.name, threads=torch.get_num_threads(), dtype="float32", rounds=rounds)
     report("Sweeps; ratio = ours / theirs", lines, facts, options.json)
 
 
