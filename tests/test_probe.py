@@ -209,6 +209,19 @@ def test_unlabelled_texts_are_counted() -> None:
     assert result.meta["left_out"] == 10 and result.meta["units"] == 20
 
 
+def test_words_that_share_a_token_are_counted() -> None:
+    """Words that are halves of one token have one vector; each of them is counted, and no other word."""
+    texts, _ = sentences(12)
+    spans = [[(0, 2), (2, 4), (5, 9)] if i < 3 else [(0, 4), (5, 9)] for i in range(12)]
+    given = mi.Examples.of(texts).with_category(
+        "word", [[(a, min(b, len(texts[i]))) for a, b in row] for i, row in enumerate(spans)]
+    )
+    labels = tuple(tuple("ab"[j % 2] for j in range(len(row))) for row in spans)
+    result = mi.run(tiny("llama"), given, Probe("embed", labels, each="word", folds=2))
+    assert result.meta["sharing"] == 6 and result.meta["units"] == 3 * 3 + 9 * 2
+    assert mi.run(tiny("llama"), given, mi.ProbeTransfer(result, labels)).meta["sharing"] == 6
+
+
 def test_what_is_refused() -> None:
     model, (texts, labels) = tiny("llama"), sentences(12)
     given = mi.Examples.of(texts, labels=labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits, logistic, ridge
 from mechinterp.analyzers.probe_data import Array, Probed, auroc, code_length, interval, rank_correlation
-from mechinterp.analyzers.units import Pool, Units, features, part
+from mechinterp.analyzers.units import Pool, Units, features, part, sharing
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import fdr
@@ -102,7 +102,7 @@ class Probe(Analyzer):
         device = context.model.device
         found = [self._site(one.to(device), data, context.seed) for one in x]
         sites = [str(site.at(None)) for site in self._reads(context.model)]
-        return _report(self, found, data, sites)
+        return _report(self, found, data, sites, {"sharing": sharing(owner[data.rows], tokens[data.rows])})
 
     def _site(self, x: Tensor, data: Probed, seed: int) -> dict[str, Array]:
         """All that is reported of one site."""
@@ -143,8 +143,10 @@ def _held_out(fits: Fits, x: Tensor, held: Tensor, which: slice) -> Array:
     return out.double().cpu().numpy()
 
 
-def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites: list[str]) -> Result:
-    """Everything that was found at all sites, with intervals and baselines."""
+def _report(
+    probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites: list[str], about: dict[str, Any]
+) -> Result:
+    """Everything that was found at all sites, with intervals and baselines; `about` is more for `Result.meta`."""
     names = ["labels", *(["control"] if len(found[0]["scores"]) > 1 else [])]
     truths = [data.y] if data.control is None or len(names) == 1 else [data.y, data.control]
     right = np.stack([[data.gains(one["scores"][i], truth) for one in found] for i, truth in enumerate(truths)])
@@ -188,7 +190,7 @@ def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites
     meta = {
         "units": len(data.y), "left_out": data.left_out, "groups": len(set(data.group.tolist())),
         "chance": 1 / len(data.classes) if data.classes else 0.0,
-        "taken": {"positions": units.positions, "pool": units.pool, "each": units.each},
+        "taken": {"positions": units.positions, "pool": units.pool, "each": units.each}, **about,
     }  # fmt: skip
     if unconverged := sum(float(one.get("unconverged", 0.0)) for one in found):
         meta["unconverged"] = int(unconverged)
@@ -266,6 +268,9 @@ class ProbeTransfer(Analyzer):
         title = f"{'Accuracy' if known else 'R²'} of probes that were fitted elsewhere"
         view = View("lines", value, "site", title=title, unit=value if known else "R²")
         sites = self.probes.data["site"].values.tolist()
-        return Result(
-            xr.Dataset(variables, {"site": sites}), {"units": len(data.y), "left_out": data.left_out}, (view,)
-        )
+        meta = {
+            "units": len(data.y),
+            "left_out": data.left_out,
+            "sharing": sharing(owner[data.rows], tokens[data.rows]),
+        }
+        return Result(xr.Dataset(variables, {"site": sites}), meta, (view,))

@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analyzers.units import Units, features, part
+from mechinterp.analyzers.units import Units, features, part, sharing
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.similarity import (
@@ -55,6 +55,7 @@ class Kept:
         return {
             "units": len(self.owner),
             "units_seen": self.seen,
+            "sharing": sharing(self.owner, self.tokens),
             "texts": len(np.unique(self.owner)),
             "constant": constant,
         }
@@ -69,7 +70,7 @@ class Sampled(Analyzer):
     Attributes:
         sites: of one width, each with one vector for each token.
         units: what one vector stands for: a text, a span, each token or word.
-        most: units that are kept; where there are more, `Result.meta` says how many (``units``, ``of``).
+        most: units that are kept; where there are more, `Result.meta` says how many (``units``, ``units_seen``).
         seed: of the choice of units, and of whatever else is drawn.
         standardize: take z-scores of each dimension over the units. A dimension of massive activations can hold nearly
             all variance, and then every measure is about it alone (Timkey & van Schijndel 2021).
