@@ -83,6 +83,32 @@ def test_probe_linguistic(folder: Path, tmp_path: Path) -> None:
     assert wrong.exit_code == 1 and "no labels for 'colour'; it has pos" in " ".join(wrong.output.split())
 
 
+SENTENCES = Path(__file__).parent / "sentences.conllu"
+
+
+def test_probe_linguistic_of_a_file(folder: Path, tmp_path: Path) -> None:
+    """Comments are no tasks, what cannot be probed is said and skipped, and so are words that have no place."""
+    out, path = tmp_path / "out", tmp_path / "some.conllu"
+    lines = SENTENCES.read_text().replace("1\tThe\tthe\tDET\t_\t_", "1\tThe\tthe\tDET\t_\tNumber=Sing")
+    path.write_text(f"{lines}\n# sent_id = last\n# text = du pain\n1-2\tdu" + "\t_" * 8 + "\n" + "".join(
+        f"{i + 1}\t{word}\t{word}\tADP\t_\t_\t0\troot\t_\t_\n" for i, word in enumerate(("de", "le", "pain"))
+    ))  # fmt: skip
+    done = invoke("probe-linguistic", folder, path, "--site", "embed", "--folds", 3, "--out", out)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "2 words that do not stand in their text are left out" in said
+    assert "number: not probed, as fewer than two classes are left" in said
+    assert "labels that are probed only where --task names them: sent_id" in said
+    kept = sorted(one.name for one in (out / "results").iterdir())
+    assert kept == ["probe-depth", "probe-head-distance", "probe-pos", "probe-relation"]
+    left_out = json.loads((out / "manifest.json").read_text())["left_out"]
+    assert any("2 words that do not stand" in line for line in left_out)
+    few = invoke("probe-linguistic", folder, path, "--limit", 2, "--folds", 3, "--out", tmp_path / "x")
+    said = " ".join(few.output.split())
+    assert few.exit_code == 1 and "the first 2 of 49 sentences; more with --limit" in said
+    assert "has nothing to probe" in said and "give more sentences, or fewer --folds" in said
+
+
 def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = invoke(

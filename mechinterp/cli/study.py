@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -67,12 +67,14 @@ def study(
     batch_size: int | None = None,
     engine: str = "packed",
     names: Sequence[str] = (),
+    about: Mapping[str, Any] | None = None,
     **run: Any,
 ) -> "tuple[mi.Model, list[mi.Result]]":
     """Load, plan, run, summarize, write. `run` are further options of `mi.run`.
 
     Args:
         names: of the analyzers, where several are of one kind.
+        about: what else the manifest has.
     """
     from mechinterp.cli.summary import findings
     from mechinterp.report.study import write_study
@@ -99,6 +101,7 @@ def study(
         },
         "examples": source,
         "n_examples": len(examples),
+        **(about or {}),
         "command": shlex.join(["mechinterp", *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {"load": round(loaded - begun, 2), "run": round(ran - loaded, 2)},
