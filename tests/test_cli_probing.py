@@ -67,6 +67,8 @@ def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "R²" in done.stdout
+    both = invoke("probe-representations", folder, texts, "--numbers", "--mdl")
+    assert both.exit_code == 2 and "is of classes" in " ".join(both.output.split())
 
 
 def test_probe_linguistic(folder: Path, tmp_path: Path) -> None:
@@ -134,9 +136,10 @@ def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> 
 
 def test_bad_files(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"text": "Mary", "label": "x"}))
+    path.write_text(json.dumps({"text": "Mary", "label": "x", "group": ""}))
     for more, said in (
         (["--label-field", "colour"], "has no field 'colour'; its fields are text, label"),
+        (["--group-field", "group"], "row 1 of"),
         (["--numbers"], "which is no number; leave --numbers out"),
         ([], "a probe needs two classes or more"),
     ):

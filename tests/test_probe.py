@@ -139,6 +139,37 @@ def test_description_length() -> None:
     assert float(hard["mdl"]) > 400 * 0.98
 
 
+def test_online_coding_keeps_groups_whole() -> None:
+    """What a block is coded with has no unit of its groups: labels that only say the group cost a uniform code or more.
+
+    Each group is one point with a label of its own, so that a probe that has seen one of its units knows the others.
+    """
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(40), 10)
+    y, x = rng.integers(0, 2, 40)[group], torch.from_numpy(rng.standard_normal((40, 60))).float()[group]
+    tokens = Tokens(tuple((i,) for i in range(400)), None, None, {}, {}, tuple(y.astype(str).tolist()))
+    where = np.stack([np.zeros(400, int), np.ones(400, int)], 1)
+
+    def coded(groups: tuple[int, ...] | None) -> tuple[Probed, float]:
+        data = Probed.of(tokens, np.arange(400), where, None, groups, 2, 0, False)
+        return data, 400 / float(Probe(mdl=True)._site(x, data, 0)["mdl"])
+
+    data, compression = coded(tuple(group.tolist()))
+    for portion in data.portions(0):
+        assert not set(group[portion]) & set(group[~portion])
+    assert compression < 1.05 < 2 < coded(None)[1]
+
+
+def test_online_coding_is_measured_or_refused() -> None:
+    model, (texts, labels) = tiny("llama"), sentences(12)
+    given = mi.Examples.of(texts, labels=labels)
+    with pytest.raises(ExamplesError, match="these labels are numbers; leave mdl out"):
+        mi.run(model, given, Probe(labels=tuple(float(len(t)) for t in texts), mdl=True))
+    some = Probe(labels=("a",) * 5 + ("b",) * 5 + ("a", "b"), groups=(1,) * 5 + (2,) * 5 + (3, 4), mdl=True, folds=2)
+    with pytest.raises(ExamplesError, match="nothing to code the rest with"):
+        mi.run(model, given, some, seed=1)
+
+
 def test_a_control_task_is_learnt_by_type() -> None:
     """In the embedding every type is a point, so that random labels of types are learnt as well as true ones."""
     data = mi.run(tiny("llama"), words(), Probe("embed", each="word", folds=3, c=1000.0)).data
@@ -236,6 +267,8 @@ def test_what_is_refused() -> None:
     twice = mi.Examples.of([texts[0], *texts], labels=[labels[0], *labels])
     with pytest.raises(ExamplesError, match="the groups leak: examples 0 and 1 are the same text"):
         mi.run(model, twice, Probe(groups=tuple(range(13)), folds=2))
+    with pytest.raises(ExamplesError, match="example 1 has no group; give it one"):
+        mi.run(model, given, Probe(groups=("a", None, *range(10)), folds=2))
     with pytest.raises(ExamplesError, match="no category 'word'; each= can be token"):
         mi.run(model, given, Probe(each="word"))
     with pytest.raises(ExamplesError, match="example 0 has 2 labels; give one, or each="):

@@ -42,7 +42,7 @@ class Probe(Analyzer):
     own shares; of the ``majority`` class; and, for words or tokens, of the most frequent label of their ``type``.
     ``confusion`` (``site label prediction``) counts; ``weight`` (``site class dim``) and ``bias`` (``site class``)
     are fitted on everything, for `LinearProbe.of`. For numbers ``r2`` stands for ``accuracy`` (1 - squared error over
-    that of the mean of what is fitted on), ``spearman`` for ``auroc``, and there is no ``mdl``.
+    that of the mean of what is fitted on), and ``spearman`` for ``auroc``.
 
     Attributes:
         sites: of one width; None for the residual stream before each layer and after the last.
@@ -55,10 +55,11 @@ class Probe(Analyzer):
         c: inverse strength of the penalty, as in scikit-learn.
         control: whether control tasks are fitted.
         permutations: shuffles for the p-value; it can be no smaller than 1 / (permutations + 1).
-        mdl: whether description lengths are measured.
+        mdl: whether description lengths are measured, of classes. No group is on both sides of a block's beginning.
     Raises:
         NeedsError: fewer than two folds, or sites without one vector a token or of different width. ExamplesError: no
-            labels, one class only, a class with fewer groups than folds, or equal texts in different groups.
+            labels, one class only, a class with fewer groups than folds, equal texts in different groups, a text
+            without a group; with `mdl`, numbers, or groups so large that no portion of half the units has all classes.
     """
 
     sites: Wanted | None = field(default=None, hash=False)
@@ -113,7 +114,7 @@ class Probe(Analyzer):
         tasks = [data.y[None], *([data.control[None]] if self.control and data.control is not None else []), shuffled]
         targets = torch.from_numpy(np.concatenate(tasks)).to(x.device)
         # Every task on all folds; then the labels on everything, and on portions.
-        portions = torch.from_numpy(data.portions(seed)).to(x.device) if self.mdl and data.classes else everything[:0]
+        portions = torch.from_numpy(data.portions(seed)).to(x.device) if self.mdl else everything[:0]
         labels = torch.cat([targets.repeat_interleave(k, 0), targets[:1].expand(1 + len(portions), n)])
         rows = torch.cat([(~held).repeat(len(targets), 1), everything, portions])
         fits = logistic(x, labels, rows, len(data.classes), self.c) if data.classes else ridge(x, labels, rows, self.c)

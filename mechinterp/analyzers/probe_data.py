@@ -164,14 +164,30 @@ class Probed:
         return out
 
     def portions(self, seed: int) -> Bools:
-        """The portions that online coding fits on, ``portion unit``: those with all classes, and not everything."""
-        order = np.random.default_rng(seed).permutation(len(self.y))
+        """The portions that online coding fits on, ``portion unit``: those with all classes, and not everything.
+
+        Groups come whole, in a random order, each portion with as many as fit: what a block is coded with shares no
+        group with it.
+
+        Raises:
+            ExamplesError: the labels are numbers, or no portion has all classes.
+        """
+        if not self.classes:
+            raise ExamplesError("online coding is of classes, and these labels are numbers; leave mdl out")
+        names, of = np.unique(self.group, return_inverse=True)
+        place = np.random.default_rng(seed).permutation(len(names))[of]  # of each unit's group in the order
+        ends = np.bincount(place).cumsum()
         out: list[Bools] = []
-        for share in PORTIONS[:-1]:
-            some = order[: int(share * len(order))]
+        for groups in dict.fromkeys(int((ends <= share * len(place)).sum()) for share in PORTIONS[:-1]):
+            some = place < groups
             if len(set(self.y[some].tolist())) == len(self.classes):
-                out.append(np.isin(np.arange(len(self.y)), some))
-        return np.array(out, dtype=bool).reshape(-1, len(self.y))
+                out.append(some)
+        if not out:
+            raise ExamplesError(
+                f"there are {len(names)} groups, and no portion of them with half of the units has all {len(self.classes)}"
+                " classes: nothing to code the rest with; give more texts, smaller groups, or leave mdl out"
+            )
+        return np.array(out)
 
 
 def code_length(fits: Fits, first: int, portions: Tensor, x: Tensor, data: Probed) -> float:
@@ -264,6 +280,8 @@ def _groups(tokens: Tokens, groups: Sequence[Any] | None) -> Ints:
         return np.array([numbers[ids] for ids in tokens.ids], dtype=np.int64)
     if len(groups) != len(tokens):
         raise ExamplesError(f"there are {len(groups)} groups for {len(tokens)} texts; give one for each")
+    if None in groups:
+        raise ExamplesError(f"example {groups.index(None)} has no group; give it one, or leave it out")
     first: dict[tuple[int, ...], int] = {}
     for text, ids in enumerate(tokens.ids):
         before = first.setdefault(ids, text)

@@ -103,12 +103,14 @@ def probe_representations(
     debug: Debug = False,
 ) -> None:
     """Linear probes of a label at every site, held out, beside the majority and a control task."""
+    if numbers and mdl:
+        raise typer.BadParameter("a description length is of classes: leave --mdl or --numbers out", param_hint="--mdl")
     with reported(debug):
         check_out(out)
         examples, groups = _labelled(file, text_field, label_field, group_field, numbers, limit)
         asked = mi.Probe(
             None if site is None else tuple(site), folds=folds, groups=groups, c=c, permutations=permutations,
-            mdl=mdl and not numbers, **_units(at, pool),
+            mdl=mdl, **_units(at, pool),
         )  # fmt: skip
         other = None if transfer is None else _labelled(transfer, text_field, label_field, group_field, numbers, limit)
         title = f"Probes of {label_field}: {file.name} in {Path(model).name}"
@@ -364,4 +366,10 @@ def _labelled(
                     f"row {i} of {file} has the {label!r} {value!r}, which is no number; leave --numbers out"
                 ) from None
     examples = mi.Examples.of([str(row[text]) for row in rows], labels=labels)
-    return examples, None if group is None else tuple(str(row.get(group)) for row in rows)
+    return examples, None if group is None else tuple(_group(file, i, row.get(group)) for i, row in enumerate(rows, 1))
+
+
+def _group(file: Path, number: int, value: Any) -> str:
+    if value is None or not str(value).strip():
+        raise ExamplesError(f"row {number} of {file} has no group; give it one, or leave it out")
+    return str(value)
