@@ -128,6 +128,7 @@ def test_constant_features_and_bad_input(llama: mi.Model) -> None:
     for given, rows, told in (
         (mi.Examples.of(SENTENCES), range(8), "no labels"),
         (examples, range(8), "8 rows for 24 texts"),
+        (mi.Examples.of(SENTENCES, ["a", None, *"abbabb"]), range(8), "text 1 has no label"),
         (one, range(8), "all texts are in one language"),
         (examples, [0] * 24, "texts 0 and 3 are both sentence 0 in a"),
         (few.examples, few.rows, "a and b share 5 sentences, and 6 are the least"),

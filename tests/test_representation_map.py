@@ -53,6 +53,11 @@ def test_clusters_that_are_there_are_found(llama: mi.Model) -> None:
     assert (data["ari_q"] < 0.05).all() and (data["clusters"] == 3).all()
     assert (data["silhouette"] > 0.99).all() and (data["silhouette_null"] < 0.8).all()
     assert data["label"].values.tolist() == LABELS and data["text"].values[0] == "Mary"
+    some = [None if i in (0, 5) else label for i, label in enumerate(LABELS)]
+    part = mi.run(llama, mi.Examples.of(TEXTS, some), asked)
+    np.testing.assert_allclose(part.data["ari"], 1)  # a group of those without a label would lower it
+    assert part.meta["unlabelled"] == 2 and part.data["label"].values[0] == ""
+    assert "no label" in {trace.name for trace in representation_map(part).data}
     shuffled = [LABELS[i] for i in np.random.default_rng(1).permutation(12)]
     other = mi.run(llama, mi.Examples.of(TEXTS, shuffled), asked).data
     assert (other["ari"] < 0.5).all() and (other["ari_q"] > 0.05).all()

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits
-from mechinterp.core.tokens import Tokens
+from mechinterp.core.tokens import Tokens, is_label
 from mechinterp.errors import ExamplesError
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -184,8 +184,9 @@ class Probed:
                 out.append(some)
         if not out:
             raise ExamplesError(
-                f"there are {len(names)} groups, and no portion of them with half of the units has all {len(self.classes)}"
-                " classes: nothing to code the rest with; give more texts, smaller groups, or leave mdl out"
+                f"there are {len(names)} groups, and no portion of them with half of the units has all"
+                f" {len(self.classes)} classes: nothing to code the rest with; give more texts or smaller groups, or"
+                " leave mdl out"
             )
         return np.array(out)
 
@@ -254,7 +255,7 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
     if column is None:
         raise ExamplesError("the examples have no labels; give labels= to Examples.of or to the probe")
     if several and len(column) == len(owner):  # one for each unit, in order
-        return [None if isinstance(v, float) and np.isnan(v) else v for v in column]
+        return [label if is_label(label) else None for label in column]
     if len(column) != len(tokens):
         raise ExamplesError(f"there are {len(column)} labels for {len(tokens)} texts; give one for each")
     counts = np.bincount(owner, minlength=len(tokens))
@@ -270,7 +271,7 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
             out += list(label)
         else:
             out += [label] * int(counts[text])
-    return [None if isinstance(v, float) and np.isnan(v) else v for v in out]
+    return [label if is_label(label) else None for label in out]
 
 
 def _groups(tokens: Tokens, groups: Sequence[Any] | None) -> Ints:
