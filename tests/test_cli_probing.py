@@ -49,9 +49,13 @@ def invoke(*arguments: Any) -> Result:
 
 
 def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> None:
+    other, both = tmp_path / "other.jsonl", tmp_path / "both.jsonl"
+    new = [{**row, "text": f"{row['text'].split()[-1]} has the {row['text']}"} for row in rows()]
+    other.write_text("\n".join(map(json.dumps, new)))
+    both.write_text(other.read_text() + "\n" + "\n".join(texts.read_text().split("\n")[:5]))
     done = invoke(
         "probe-representations", folder, texts, "--group-field", "group", "--site", "embed", "--site", "resid_post.1",
-        "--folds", 4, "--permutations", 10, "--mdl", "--transfer", texts, "--out", tmp_path / "out",
+        "--folds", 4, "--permutations", 10, "--mdl", "--transfer", other, "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert (
@@ -59,8 +63,12 @@ def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> Non
     )
     assert (tmp_path / "out" / "report.html").is_file()
     kept = mi.Result.load(tmp_path / "out" / "results" / "probe")
-    assert kept.meta["groups"] == 10 and "mdl" in kept.data
+    assert kept.meta["groups"] == 10 and "mdl" in kept.data and "warning: the probes" not in done.output
     assert float(mi.Result.load(tmp_path / "out-transfer").data["accuracy"].max()) == 1.0
+    done = invoke(
+        "probe-representations", folder, texts, "--site", "embed", "--transfer", both, "--out", tmp_path / "t"
+    )
+    assert "fitted on 5 of these 65 texts" in " ".join(done.output.split())
     done = invoke(
         "probe-representations", folder, texts, "--label-field", "length", "--numbers", "--at", "all", "--site",
         "embed", "--out", tmp_path / "numbers",

@@ -208,7 +208,10 @@ def test_probes_are_kept_and_moved_to_other_texts(tmp_path: Path) -> None:
     model, given = tiny("qwen3"), examples()
     result = mi.run(model, given, Probe(folds=4, positions="all"))
     loaded = mi.Result.load(result.save(tmp_path / "probe"))
-    same = mi.run(model, given, mi.ProbeTransfer(loaded)).data
+    moved = mi.run(model, given, mi.ProbeTransfer(loaded))
+    assert moved.meta["seen"] == moved.meta["texts"] == 64
+    assert "64 of 64 texts they were fitted on" in moved.views[0].title
+    same = moved.data
     x = model.trace(given, sites.resid_post(2))
     probe = mi.LinearProbe.of(loaded, "resid_post.2")
     real = x.batch.mask.clone()
@@ -217,6 +220,8 @@ def test_probes_are_kept_and_moved_to_other_texts(tmp_path: Path) -> None:
     guess = [probe.classes[i] for i in probe.scores(mean).argmax(1).tolist()]
     assert float(same["accuracy"][-1]) == pytest.approx(np.mean(np.array(guess) == np.array(given.labels)))
     texts, labels = sentences(40, seed=7)
+    some = mi.run(model, mi.Examples.of([*texts, given.texts[3]], labels=[*labels, "one"]), mi.ProbeTransfer(loaded))
+    assert some.meta["seen"] == 1 + len(set(texts) & set(given.texts))
     other = mi.run(model, mi.Examples.of(texts, labels=labels), mi.ProbeTransfer(loaded)).data
     assert float(other["accuracy"].max()) > float(other["majority"][0])
     with pytest.raises(ExamplesError, match="the label 'three' is none of the probes'"):

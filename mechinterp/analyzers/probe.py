@@ -1,5 +1,6 @@
 """Linear probes: what can be read off the activations at each site, beside what chance and the words alone give."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,9 +11,10 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits, logistic, ridge
-from mechinterp.analyzers.probe_data import Array, Probed, auroc, code_length, interval, rank_correlation
+from mechinterp.analyzers.probe_data import Array, Ints, Probed, auroc, code_length, interval, rank_correlation
 from mechinterp.analyzers.units import Pool, Units, features, part, sharing
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
+from mechinterp.core.display import count
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import fdr
 from mechinterp.errors import NeedsError
@@ -103,7 +105,11 @@ class Probe(Analyzer):
         device = context.model.device
         found = [self._site(one.to(device), data, context.seed) for one in x]
         sites = [str(site.at(None)) for site in self._reads(context.model)]
-        return _report(self, found, data, sites, {"sharing": sharing(owner[data.rows], tokens[data.rows])})
+        about = {
+            "sharing": sharing(owner[data.rows], tokens[data.rows]),
+            "fitted_on": sorted(set(_fingerprints(context, owner[data.rows]).values())),
+        }
+        return _report(self, found, data, sites, about)
 
     def _site(self, x: Tensor, data: Probed, seed: int) -> dict[str, Array]:
         """All that is reported of one site."""
@@ -142,6 +148,12 @@ def _held_out(fits: Fits, x: Tensor, held: Tensor, which: slice) -> Array:
     for fold, mine in enumerate(held):
         out[mine] = x[mine] @ weight[fold].T + bias[fold]
     return out.double().cpu().numpy()
+
+
+def _fingerprints(context: Context, owner: Ints) -> dict[int, str]:
+    """A hash of the tokens of each text that a unit is of."""
+    texts = {text: np.array(context.tokens.ids[text], dtype="<i8").tobytes() for text in np.unique(owner).tolist()}
+    return {text: hashlib.blake2b(ids, digest_size=8).hexdigest() for text, ids in texts.items()}
 
 
 def _report(
@@ -211,6 +223,7 @@ class ProbeTransfer(Analyzer):
 
     Result (``site``): ``accuracy`` with ``ci_low, ci_high`` (95%, bootstrap over groups), ``auroc`` over all units,
     and ``majority``, the share of the most frequent label here; for numbers ``r2`` (of the mean here) and ``spearman``.
+    ``meta["seen"]`` counts the texts that the probes were fitted on, by their tokens: of these nothing is learnt.
 
     Attributes:
         probes: a result of `Probe`, as it was or loaded again.
@@ -224,7 +237,7 @@ class ProbeTransfer(Analyzer):
     groups: tuple[Any, ...] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if "taken" not in self.probes.meta or "weight" not in self.probes.data:
+        if not {"taken", "fitted_on"} <= set(self.probes.meta) or "weight" not in self.probes.data:
             raise NeedsError(f"ProbeTransfer must have a result of Probe. Got {self.probes._title()}")
 
     @property
@@ -266,12 +279,17 @@ class ProbeTransfer(Analyzer):
         else:
             rank = [rank_correlation(one[:, 0], data.y) for one in scores]
             variables["spearman"] = (at, np.array(rank))
+        texts = _fingerprints(context, owner[data.rows]).values()
+        seen = len([text for text in texts if text in set(self.probes.meta["fitted_on"])])
         title = f"{'Accuracy' if known else 'R²'} of probes that were fitted elsewhere"
+        title += f"; {seen} of {count(len(texts), 'text')} they were fitted on" if seen else ""
         view = View("lines", value, "site", title=title, unit=value if known else "R²")
         sites = self.probes.data["site"].values.tolist()
         meta = {
             "units": len(data.y),
             "left_out": data.left_out,
+            "texts": len(texts),
+            "seen": seen,
             "sharing": sharing(owner[data.rows], tokens[data.rows]),
         }
         return Result(xr.Dataset(variables, {"site": sites}), meta, (view,))

@@ -120,6 +120,12 @@ def probe_representations(
         if other is not None:
             moved = mi.run(loaded, other[0], mi.ProbeTransfer(found, groups=other[1]), seed=seed)
             typer.echo(f"\n{transfer}: what the probes read there\n{moved.table().to_string(index=False)}")
+            if seen := moved.meta["seen"]:
+                typer.echo(
+                    f"warning: the probes were fitted on {seen} of these {count(moved.meta['texts'], 'text')}, which"
+                    " flatters them; give texts that are not in the first file",
+                    err=True,
+                )
             path = moved.save(out.with_name(f"{out.name}-transfer"))
             typer.echo(f"result: {path}")
 
