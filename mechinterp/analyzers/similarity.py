@@ -173,7 +173,7 @@ class Similarity(Sampled):
 
     The measures are those of `mechinterp.core.similarity`: the mean cosine of a unit's two vectors, linear CKA with
     the unbiased HSIC, and Spearman's correlation of dissimilarities (1 - cosine). A text's first token, often an
-    attention sink with massive activations, is in no unit but one that names it.
+    attention sink with massive activations, is in no unit but one that names it: a position, a span or a word there.
 
     Intervals are those of the jackknife over texts, nulls shuffle texts of one side against the other, and q is over
     all pairs of sites and measures. Layers of one model share a residual stream, so that nearly all of them are more
