@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from mechinterp.analyzers.similarity import Kept, Sampled, places, unlabelled
@@ -42,9 +43,10 @@ class RepresentationMap(Sampled):
     Clusters are not those of the picture: they are looked for in the first ten principal components, by k-means or by
     Ward's method, and their number is that of the largest mean silhouette (Rousseeuw 1987) unless it is given. A
     clustering finds clusters in anything; ``silhouette_null`` is what it finds in the same components shuffled one by
-    one. Where the examples have labels that repeat, ``ari`` is the adjusted Rand index of clusters and labels (Hubert &
-    Arabie 1985; 0 by chance, 1 the same), with p of shuffled labels, text by text. Texts without a label (None) are in
-    the map and in clusters, but not in that; ``meta["unlabelled"]`` counts them.
+    one, their number chosen in the same way. Where the examples have labels that repeat, ``ari`` is the adjusted Rand
+    index of clusters and labels (Hubert & Arabie 1985; 0 by chance, 1 the same), with p of shuffled labels, text by
+    text. Texts without a label (None) are in the map and in clusters, but not in that; ``meta["unlabelled"]`` counts
+    them.
 
     `mechinterp.report.maps.representation_map` draws it, with the text of each unit on hover.
 
@@ -117,10 +119,10 @@ class RepresentationMap(Sampled):
         if not np.isfinite(explained).all():
             return out
         out["coordinate"] = np.pad(scores, ((0, 0), (0, 2)))[:, :2] if self.method == "pca" else self._umap(x)
-        cluster, silhouette = self._clustered(scores)
         rng = np.random.default_rng(self.seed)
-        shuffles = (rng.permuted(scores, axis=0) for _ in range(NULLS))
-        null = [self._clustered(some, int(cluster.max()))[1] for some in shuffles]
+        with threadpool_limits(1):  # many small fits: on a busy machine threads cost far more than they bring
+            cluster, silhouette = self._clustered(scores)
+            null = [self._clustered(rng.permuted(scores, axis=0))[1] for _ in range(NULLS)]
         out |= {"cluster": cluster, "clusters": int(cluster.max())}
         out |= {"silhouette": silhouette, "silhouette_null": float(np.mean(null))}
         if labels is not None:
@@ -132,13 +134,12 @@ class RepresentationMap(Sampled):
             out |= {"ari": ari[0], "ari_p": float((ari >= ari[0] - 1e-9).mean())}
         return out
 
-    def _clustered(self, scores: Array, number: int | None = None) -> tuple[npt.NDArray[np.int64], float]:
+    def _clustered(self, scores: Array) -> tuple[npt.NDArray[np.int64], float]:
         """The cluster of each unit, the largest first, and the mean silhouette."""
         from sklearn.cluster import AgglomerativeClustering, KMeans
         from sklearn.metrics import silhouette_score
 
-        given = number or self.clusters
-        numbers = [given] if given else range(2, min(MOST_CLUSTERS, len(scores) - 1) + 1)
+        numbers = [self.clusters] if self.clusters else range(2, min(MOST_CLUSTERS, len(scores) - 1) + 1)
         best, score = np.zeros(len(scores), dtype=int), -np.inf
         for k in numbers:
             kmeans: Any = KMeans  # whose stub says that n_init is a string
