@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 import mechinterp as mi
 from mechinterp.cli import main as cli
+from mechinterp.cli.study import field, filled, rows_of
+from mechinterp.errors import ExamplesError
 from mechinterp.tasks.concepts import Concept
 
 RUN = CliRunner()
@@ -140,6 +142,16 @@ def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> 
     assert wrong.exit_code == 2
     wrong = invoke("probe-concepts", folder, "--concept", "weather", "--out", tmp_path / "x")
     assert wrong.exit_code == 1 and "there is no concept 'weather'" in " ".join(wrong.output.split())
+
+
+def test_a_label_of_zero_is_a_label(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "Mary", "label": label}) for label in (0, False, "", None)))
+    some = rows_of(path, 2)
+    assert filled(path, some, "label") == ["0", "False"]
+    assert field(path, rows_of(path), "label") == [0, False, None, None]
+    with pytest.raises(ExamplesError, match="row 3 of"):
+        filled(path, rows_of(path), "label")
 
 
 def test_bad_files(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits, logistic, ridge
-from mechinterp.analyzers.probe_data import Array, Ints, Probed, auroc, code_length, interval, rank_correlation
+from mechinterp.analyzers.probe_data import Array, Ints, Probed, class_auroc, code_length, interval, rank_correlation
 from mechinterp.analyzers.units import Pool, Units, features, part, sharing
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.display import count
@@ -176,7 +176,7 @@ def _report(
     if "control" in names:
         variables["selectivity"] = (at, mean[0] - mean[1])
     if data.classes:
-        variables["auroc"] = (at, np.array([auroc(one["scores"][0], data) for one in found]))
+        variables["auroc"] = (at, np.array([class_auroc(one["scores"][0], data) for one in found]))
         guess = np.stack([data.predicted(one["scores"][0]) for one in found])
         counts = np.zeros((len(sites), len(data.classes), len(data.classes)), dtype=int)
         for i, row in enumerate(guess):
@@ -273,7 +273,7 @@ class ProbeTransfer(Analyzer):
         at = ("site",)
         variables: dict[str, Any] = {value: (at, mean[0]), "ci_low": (at, low[0]), "ci_high": (at, high[0])}
         if known:
-            variables["auroc"] = (at, np.array([auroc(one, data) for one in scores]))
+            variables["auroc"] = (at, np.array([class_auroc(one, data) for one in scores]))
             share = float(np.bincount(data.y).max() / len(data.y))
             variables["majority"] = (at, np.full(len(scores), share))
         else:

@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits
+from mechinterp.core.ranking import auroc
 from mechinterp.core.tokens import Tokens, is_label
 from mechinterp.errors import ExamplesError
 
@@ -204,19 +205,15 @@ def code_length(fits: Fits, first: int, portions: Tensor, x: Tensor, data: Probe
     return total
 
 
-def auroc(scores: Array, data: Probed) -> float:
+def class_auroc(scores: Array, data: Probed) -> float:
     """Of one class against the rest, mean over classes and over folds (over all at once where there are none)."""
     folds = data.held if len(data.held) else np.ones((1, len(data.y)), dtype=bool)
     columns = np.concatenate([-scores, scores], 1) if scores.shape[1] == 1 else scores
-    found: list[float] = []
-    for fold in folds:
-        ranks = stats.rankdata(columns[fold], axis=0)
-        for number in range(len(data.classes)):
-            yes = data.y[fold] == number
-            n, m = int(yes.sum()), int((~yes).sum())
-            if n and m:
-                found.append(float((ranks[yes, number].sum() - n * (n + 1) / 2) / (n * m)))
-    return float(np.mean(found)) if found else float("nan")
+    each = [
+        auroc(columns[fold, number], data.y[fold] == number) for fold in folds for number in range(len(data.classes))
+    ]
+    known = [value for value in each if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def rank_correlation(one: Array, two: Array) -> float:

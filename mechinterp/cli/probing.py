@@ -17,11 +17,16 @@ from mechinterp.cli.study import (
     Debug,
     Device,
     Dtype,
+    Limit,
     ModelArgument,
     Out,
     Seed,
+    TextField,
     check_out,
+    field,
+    filled,
     reported,
+    rows_of,
     study,
 )
 from mechinterp.core.display import count
@@ -68,12 +73,10 @@ Folds = Annotated[int, typer.Option("--folds", min=2, help="Of the cross-validat
 Permutations = Annotated[
     int, typer.Option("--permutations", min=0, help="Fits on shuffled labels for a p-value; 0 for none.")
 ]
-TextField = Annotated[str, typer.Option("--text-field")]
 LabelField = Annotated[str, typer.Option("--label-field", help="Of a class, or with --numbers of a number.")]
 GroupField = Annotated[
     str | None, typer.Option("--group-field", help="Texts of one group are never on both sides of a fold.")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many texts.")]
 
 
 def probe_representations(
@@ -347,35 +350,16 @@ def _words(file: Path) -> Any:
 
 def _labelled(
     file: Path, text: str, label: str, group: str | None, numbers: bool, limit: int | None
-) -> tuple["mi.Examples", tuple[Any, ...] | None]:
+) -> tuple["mi.Examples", tuple[str, ...] | None]:
     """Texts with labels, and groups where a field says so. A row without a label is kept, and counted later."""
-    from mechinterp.studies.labelled import file_rows
-
-    rows = file_rows(file)[:limit]
-    for name in (text, label, *([] if group is None else [group])):
-        if name not in rows[0]:
-            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
+    rows = rows_of(file, limit)
     labels: list[Any] = []
-    for i, row in enumerate(rows, 1):
-        if not str(row.get(text) or "").strip():
-            raise ExamplesError(f"row {i} of {file} has no {text!r}; correct it, or leave it out")
-        value = row.get(label)
-        if value is None or not str(value).strip():
-            labels.append(None)
-        elif not numbers:
-            labels.append(str(value))
-        else:
-            try:
-                labels.append(float(value))
-            except ValueError:
-                raise ExamplesError(
-                    f"row {i} of {file} has the {label!r} {value!r}, which is no number; leave --numbers out"
-                ) from None
-    examples = mi.Examples.of([str(row[text]) for row in rows], labels=labels)
-    return examples, None if group is None else tuple(_group(file, i, row.get(group)) for i, row in enumerate(rows, 1))
-
-
-def _group(file: Path, number: int, value: Any) -> str:
-    if value is None or not str(value).strip():
-        raise ExamplesError(f"row {number} of {file} has no group; give it one, or leave it out")
-    return str(value)
+    for i, value in enumerate(field(file, rows, label), 1):
+        try:
+            labels.append(None if value is None else float(value) if numbers else str(value))
+        except ValueError:
+            raise ExamplesError(
+                f"row {i} of {file} has the {label!r} {value!r}, which is no number; leave --numbers out"
+            ) from None
+    groups = None if group is None else tuple(filled(file, rows, group))
+    return mi.Examples.of(filled(file, rows, text), labels), groups
