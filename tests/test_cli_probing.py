@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 
 import mechinterp as mi
 from mechinterp.cli import main as cli
+from mechinterp.cli.study import field, filled, rows_of
+from mechinterp.errors import ExamplesError
 from mechinterp.tasks.concepts import Concept
 
 RUN = CliRunner()
@@ -49,9 +51,13 @@ def invoke(*arguments: Any) -> Result:
 
 
 def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> None:
+    other, both = tmp_path / "other.jsonl", tmp_path / "both.jsonl"
+    new = [{**row, "text": f"{row['text'].split()[-1]} has the {row['text']}"} for row in rows()]
+    other.write_text("\n".join(map(json.dumps, new)))
+    both.write_text(other.read_text() + "\n" + "\n".join(texts.read_text().split("\n")[:5]))
     done = invoke(
         "probe-representations", folder, texts, "--group-field", "group", "--site", "embed", "--site", "resid_post.1",
-        "--folds", 4, "--permutations", 10, "--mdl", "--transfer", texts, "--out", tmp_path / "out",
+        "--folds", 4, "--permutations", 10, "--mdl", "--transfer", other, "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert (
@@ -59,14 +65,20 @@ def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> Non
     )
     assert (tmp_path / "out" / "report.html").is_file()
     kept = mi.Result.load(tmp_path / "out" / "results" / "probe")
-    assert kept.meta["groups"] == 10 and "mdl" in kept.data
+    assert kept.meta["groups"] == 10 and "mdl" in kept.data and "warning: the probes" not in done.output
     assert float(mi.Result.load(tmp_path / "out-transfer").data["accuracy"].max()) == 1.0
+    done = invoke(
+        "probe-representations", folder, texts, "--site", "embed", "--transfer", both, "--out", tmp_path / "t"
+    )
+    assert "fitted on 5 of these 65 texts" in " ".join(done.output.split())
     done = invoke(
         "probe-representations", folder, texts, "--label-field", "length", "--numbers", "--at", "all", "--site",
         "embed", "--out", tmp_path / "numbers",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "R²" in done.stdout
+    both = invoke("probe-representations", folder, texts, "--numbers", "--mdl")
+    assert both.exit_code == 2 and "is of classes" in " ".join(both.output.split())
 
 
 def test_probe_linguistic(folder: Path, tmp_path: Path) -> None:
@@ -81,6 +93,32 @@ def test_probe_linguistic(folder: Path, tmp_path: Path) -> None:
     assert mi.Result.load(out / "results" / "probe-pos").meta["taken"]["each"] == "word"
     wrong = invoke("probe-linguistic", folder, "--task", "colour", "--out", tmp_path / "x")
     assert wrong.exit_code == 1 and "no labels for 'colour'; it has pos" in " ".join(wrong.output.split())
+
+
+SENTENCES = Path(__file__).parent / "sentences.conllu"
+
+
+def test_probe_linguistic_of_a_file(folder: Path, tmp_path: Path) -> None:
+    """Comments are no tasks, what cannot be probed is said and skipped, and so are words that have no place."""
+    out, path = tmp_path / "out", tmp_path / "some.conllu"
+    lines = SENTENCES.read_text().replace("1\tThe\tthe\tDET\t_\t_", "1\tThe\tthe\tDET\t_\tNumber=Sing")
+    path.write_text(f"{lines}\n# sent_id = last\n# text = du pain\n1-2\tdu" + "\t_" * 8 + "\n" + "".join(
+        f"{i + 1}\t{word}\t{word}\tADP\t_\t_\t0\troot\t_\t_\n" for i, word in enumerate(("de", "le", "pain"))
+    ))  # fmt: skip
+    done = invoke("probe-linguistic", folder, path, "--site", "embed", "--folds", 3, "--out", out)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "2 words that do not stand in their text are left out" in said
+    assert "number: not probed, as fewer than two classes are left" in said
+    assert "labels that are probed only where --task names them: sent_id" in said
+    kept = sorted(one.name for one in (out / "results").iterdir())
+    assert kept == ["probe-depth", "probe-head-distance", "probe-pos", "probe-relation"]
+    left_out = json.loads((out / "manifest.json").read_text())["left_out"]
+    assert any("2 words that do not stand" in line for line in left_out)
+    few = invoke("probe-linguistic", folder, path, "--limit", 2, "--folds", 3, "--out", tmp_path / "x")
+    said = " ".join(few.output.split())
+    assert few.exit_code == 1 and "the first 2 of 49 sentences; more with --limit" in said
+    assert "has nothing to probe" in said and "give more sentences, or fewer --folds" in said
 
 
 def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> None:
@@ -106,11 +144,22 @@ def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> 
     assert wrong.exit_code == 1 and "there is no concept 'weather'" in " ".join(wrong.output.split())
 
 
+def test_a_label_of_zero_is_a_label(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "Mary", "label": label}) for label in (0, False, "", None)))
+    some = rows_of(path, 2)
+    assert filled(path, some, "label") == ["0", "False"]
+    assert field(path, rows_of(path), "label") == [0, False, None, None]
+    with pytest.raises(ExamplesError, match="row 3 of"):
+        filled(path, rows_of(path), "label")
+
+
 def test_bad_files(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"text": "Mary", "label": "x"}))
+    path.write_text(json.dumps({"text": "Mary", "label": "x", "group": ""}))
     for more, said in (
         (["--label-field", "colour"], "has no field 'colour'; its fields are text, label"),
+        (["--group-field", "group"], "row 1 of"),
         (["--numbers"], "which is no number; leave --numbers out"),
         ([], "a probe needs two classes or more"),
     ):

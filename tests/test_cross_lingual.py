@@ -128,6 +128,7 @@ def test_constant_features_and_bad_input(llama: mi.Model) -> None:
     for given, rows, told in (
         (mi.Examples.of(SENTENCES), range(8), "no labels"),
         (examples, range(8), "8 rows for 24 texts"),
+        (mi.Examples.of(SENTENCES, ["a", None, *"abbabb"]), range(8), "text 1 has no label"),
         (one, range(8), "all texts are in one language"),
         (examples, [0] * 24, "texts 0 and 3 are both sentence 0 in a"),
         (few.examples, few.rows, "a and b share 5 sentences, and 6 are the least"),
@@ -150,7 +151,7 @@ def test_what_is_missing_or_doubled_is_counted(tmp_path: Path) -> None:
     assert found.sentences == (("one", "un"), ("three", "trois"), ("four", "quatre"))
     assert found.left_out == ("2 sentences in one language only", "1 sentence doubled")
     assert found.examples.labels == ("en", "fr") * 3 and found.rows == (0, 0, 1, 1, 2, 2)
-    assert found.part(2).sentences in [tuple(found.sentences[i] for i in two) for two in ((0, 1), (0, 2), (1, 2))]
+    assert found.first(2).sentences == found.sentences[:2] and found.first(9) == found
     three = tmp_path / "p.jsonl"
     three.write_text("\n".join(map(json.dumps, [{"en": "a", "fr": "b", "de": "c"}, {"en": "d", "fr": "e"}])))
     found = read_parallel(three)

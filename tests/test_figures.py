@@ -289,3 +289,34 @@ def test_a_logarithmic_axis_has_plain_numbers() -> None:
     axes.figure.canvas.draw()
     assert axes.get_xscale() == "log" and result.figure().layout.xaxis.type == "log"
     assert {"0.001", "0.01", "0.1", "1"} <= {label.get_text() for label in axes.get_xticklabels()}
+
+
+def by_site(names: list[str]) -> mi.Result:
+    values = np.linspace(0.2, 0.9, 2 * len(names)).reshape(2, -1)
+    columns = {"accuracy": values, "ci_low": values - 0.1, "ci_high": values + 0.1}
+    data = xr.Dataset({k: (("task", "site"), v) for k, v in columns.items()}, {"task": ["a", "b"], "site": names})
+    return mi.Result(data, {}, (mi.View("lines", "accuracy", "site", by="task"),))
+
+
+@pytest.mark.parametrize("layers", [3, 16, 30, 80])
+def test_sites_along_the_depth_are_a_line_whose_labels_can_be_read(layers: int) -> None:
+    result = by_site([*(f"resid_pre.{i}" for i in range(layers)), f"resid_post.{layers - 1}"])
+    figure = matplotlib_figure(result, result.views[0])
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) > 3 and all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert all(line.get_linestyle() == "-" and line.get_linewidth() > 0 for line in axes.lines)
+    drawn = plotly_figure(result, result.views[0])
+    assert list(drawn.layout.xaxis.ticktext) == [label.get_text() for label in axes.get_xticklabels()]
+    assert [len(trace.x) for trace in drawn.data if trace.showlegend is None] == [layers + 1] * 2
+
+
+def test_sites_of_several_kinds_are_points_with_a_name_each() -> None:
+    names = [f"{kind}.{i}" for kind in ("mlp_out", "attn_out") for i in range(9)]
+    result = by_site(names)
+    (axes,) = matplotlib_figure(result, result.views[0]).axes
+    labels = axes.get_xticklabels()
+    assert [label.get_text() for label in labels] == names and all(label.get_rotation() == 40 for label in labels)
+    assert all(line.get_linewidth() == 0 for line in axes.lines)
+    assert {trace.mode for trace in plotly_figure(result, result.views[0]).data} == {"markers"}

@@ -139,6 +139,37 @@ def test_description_length() -> None:
     assert float(hard["mdl"]) > 400 * 0.98
 
 
+def test_online_coding_keeps_groups_whole() -> None:
+    """What a block is coded with has no unit of its groups: labels that only say the group cost a uniform code or more.
+
+    Each group is one point with a label of its own, so that a probe that has seen one of its units knows the others.
+    """
+    rng = np.random.default_rng(0)
+    group = np.repeat(np.arange(40), 10)
+    y, x = rng.integers(0, 2, 40)[group], torch.from_numpy(rng.standard_normal((40, 60))).float()[group]
+    tokens = Tokens(tuple((i,) for i in range(400)), None, None, {}, {}, tuple(y.astype(str).tolist()))
+    where = np.stack([np.zeros(400, int), np.ones(400, int)], 1)
+
+    def coded(groups: tuple[int, ...] | None) -> tuple[Probed, float]:
+        data = Probed.of(tokens, np.arange(400), where, None, groups, 2, 0, False)
+        return data, 400 / float(Probe(mdl=True)._site(x, data, 0)["mdl"])
+
+    data, compression = coded(tuple(group.tolist()))
+    for portion in data.portions(0):
+        assert not set(group[portion]) & set(group[~portion])
+    assert compression < 1.05 < 2 < coded(None)[1]
+
+
+def test_online_coding_is_measured_or_refused() -> None:
+    model, (texts, labels) = tiny("llama"), sentences(12)
+    given = mi.Examples.of(texts, labels=labels)
+    with pytest.raises(ExamplesError, match="these labels are numbers; leave mdl out"):
+        mi.run(model, given, Probe(labels=tuple(float(len(t)) for t in texts), mdl=True))
+    some = Probe(labels=("a",) * 5 + ("b",) * 5 + ("a", "b"), groups=(1,) * 5 + (2,) * 5 + (3, 4), mdl=True, folds=2)
+    with pytest.raises(ExamplesError, match="nothing to code the rest with"):
+        mi.run(model, given, some, seed=1)
+
+
 def test_a_control_task_is_learnt_by_type() -> None:
     """In the embedding every type is a point, so that random labels of types are learnt as well as true ones."""
     data = mi.run(tiny("llama"), words(), Probe("embed", each="word", folds=3, c=1000.0)).data
@@ -177,7 +208,10 @@ def test_probes_are_kept_and_moved_to_other_texts(tmp_path: Path) -> None:
     model, given = tiny("qwen3"), examples()
     result = mi.run(model, given, Probe(folds=4, positions="all"))
     loaded = mi.Result.load(result.save(tmp_path / "probe"))
-    same = mi.run(model, given, mi.ProbeTransfer(loaded)).data
+    moved = mi.run(model, given, mi.ProbeTransfer(loaded))
+    assert moved.meta["seen"] == moved.meta["texts"] == 64
+    assert "64 of 64 texts they were fitted on" in moved.views[0].title
+    same = moved.data
     x = model.trace(given, sites.resid_post(2))
     probe = mi.LinearProbe.of(loaded, "resid_post.2")
     real = x.batch.mask.clone()
@@ -186,6 +220,8 @@ def test_probes_are_kept_and_moved_to_other_texts(tmp_path: Path) -> None:
     guess = [probe.classes[i] for i in probe.scores(mean).argmax(1).tolist()]
     assert float(same["accuracy"][-1]) == pytest.approx(np.mean(np.array(guess) == np.array(given.labels)))
     texts, labels = sentences(40, seed=7)
+    some = mi.run(model, mi.Examples.of([*texts, given.texts[3]], labels=[*labels, "one"]), mi.ProbeTransfer(loaded))
+    assert some.meta["seen"] == 1 + len(set(texts) & set(given.texts))
     other = mi.run(model, mi.Examples.of(texts, labels=labels), mi.ProbeTransfer(loaded)).data
     assert float(other["accuracy"].max()) > float(other["majority"][0])
     with pytest.raises(ExamplesError, match="the label 'three' is none of the probes'"):
@@ -209,6 +245,19 @@ def test_unlabelled_texts_are_counted() -> None:
     assert result.meta["left_out"] == 10 and result.meta["units"] == 20
 
 
+def test_words_that_share_a_token_are_counted() -> None:
+    """Words that are halves of one token have one vector; each of them is counted, and no other word."""
+    texts, _ = sentences(12)
+    spans = [[(0, 2), (2, 4), (5, 9)] if i < 3 else [(0, 4), (5, 9)] for i in range(12)]
+    given = mi.Examples.of(texts).with_category(
+        "word", [[(a, min(b, len(texts[i]))) for a, b in row] for i, row in enumerate(spans)]
+    )
+    labels = tuple(tuple("ab"[j % 2] for j in range(len(row))) for row in spans)
+    result = mi.run(tiny("llama"), given, Probe("embed", labels, each="word", folds=2))
+    assert result.meta["sharing"] == 6 and result.meta["units"] == 3 * 3 + 9 * 2
+    assert mi.run(tiny("llama"), given, mi.ProbeTransfer(result, labels)).meta["sharing"] == 6
+
+
 def test_what_is_refused() -> None:
     model, (texts, labels) = tiny("llama"), sentences(12)
     given = mi.Examples.of(texts, labels=labels)
@@ -223,6 +272,8 @@ def test_what_is_refused() -> None:
     twice = mi.Examples.of([texts[0], *texts], labels=[labels[0], *labels])
     with pytest.raises(ExamplesError, match="the groups leak: examples 0 and 1 are the same text"):
         mi.run(model, twice, Probe(groups=tuple(range(13)), folds=2))
+    with pytest.raises(ExamplesError, match="example 1 has no group; give it one"):
+        mi.run(model, given, Probe(groups=("a", None, *range(10)), folds=2))
     with pytest.raises(ExamplesError, match="no category 'word'; each= can be token"):
         mi.run(model, given, Probe(each="word"))
     with pytest.raises(ExamplesError, match="example 0 has 2 labels; give one, or each="):

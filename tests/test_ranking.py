@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from mechinterp.core.ranking import auroc_interval, separate
+from mechinterp.core.ranking import auroc, auroc_interval, separate
 from mechinterp.core.statistics import fdr
 
 
@@ -15,6 +15,14 @@ def features(n: int, cells: int, seed: int = 0) -> np.ndarray:
     values[:, ::3] = values[:, ::3].round()
     values[:, 1] = 2.5
     return values
+
+
+def test_auroc_is_that_of_scikit_learn_and_of_separate() -> None:
+    rng = np.random.default_rng(0)
+    scores, truth = rng.integers(0, 5, 40).astype(float), rng.random(40) < 0.4
+    assert auroc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
+    assert auroc(scores, truth) == pytest.approx(separate(scores[:, None], np.arange(40), truth[None]).auroc.item())
+    assert np.isnan(auroc(scores, np.ones(40, bool)))
 
 
 def test_against_scikit_learn_and_scipy(monkeypatch: pytest.MonkeyPatch) -> None:

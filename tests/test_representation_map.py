@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 
 import mechinterp as mi
 from mechinterp.analyzers.representation_map import adjusted_rand, principal
+from mechinterp.analyzers.similarity import Kept
 from mechinterp.analyzers.units import Units
 from mechinterp.errors import NeedsError, OutputError
 from mechinterp.report.html import drawing_page
@@ -53,6 +55,11 @@ def test_clusters_that_are_there_are_found(llama: mi.Model) -> None:
     assert (data["ari_q"] < 0.05).all() and (data["clusters"] == 3).all()
     assert (data["silhouette"] > 0.99).all() and (data["silhouette_null"] < 0.8).all()
     assert data["label"].values.tolist() == LABELS and data["text"].values[0] == "Mary"
+    some = [None if i in (0, 5) else label for i, label in enumerate(LABELS)]
+    part = mi.run(llama, mi.Examples.of(TEXTS, some), asked)
+    np.testing.assert_allclose(part.data["ari"], 1)  # a group of those without a label would lower it
+    assert part.meta["unlabelled"] == 2 and part.data["label"].values[0] == ""
+    assert "no label" in {trace.name for trace in representation_map(part).data}
     shuffled = [LABELS[i] for i in np.random.default_rng(1).permutation(12)]
     other = mi.run(llama, mi.Examples.of(TEXTS, shuffled), asked).data
     assert (other["ari"] < 0.5).all() and (other["ari_q"] > 0.05).all()
@@ -60,6 +67,19 @@ def test_clusters_that_are_there_are_found(llama: mi.Model) -> None:
     assert few["clusters"].item() == 4 and "ari" not in few and "label" not in few
     sizes = np.bincount(few["cluster"].values.ravel())[1:]
     assert (np.diff(sizes) <= 0).all() and sizes.sum() == 12
+
+
+@pytest.mark.parametrize("clustering", ["kmeans", "agglomerative"])
+def test_the_null_has_the_same_choice_of_clusters(clustering: Any) -> None:
+    """On the same shuffles a choice among numbers of clusters finds more than any one number does."""
+    x = torch.randn(1, 20, 4, generator=torch.Generator().manual_seed(0))
+    kept = Kept(x, np.arange(20), np.zeros((20, 2), int), 20, np.ones(1))
+
+    def null(clusters: int | None) -> float:
+        asked = mi.RepresentationMap(clustering=clustering, clusters=clusters)
+        return float(asked._site(x[0], kept, None)["silhouette_null"])
+
+    assert null(None) > max(null(k) for k in range(2, 9)) + 0.005
 
 
 def test_units_in_a_text_are_shown_where_they_stand(llama: mi.Model) -> None:

@@ -173,7 +173,8 @@ def test_a_word_that_does_not_stand_in_the_text_has_a_place_in_the_tree_only(tmp
     path = tmp_path / "one.conllu"
     path.write_text(CONLLU, encoding="utf-8")
     read = Sentences.from_conllu(path)
-    assert read.forms == ("Il", "va", "lac", ",", "hélas", "!", "Vu")
+    assert read.forms == ("Il", "va", "lac", ",", "hélas", "!", "Vu") and read.unplaced == 2
+    assert read.first(1).forms == read.forms[:-1] and read.first(1).labels == {"mood": ("statement",)}
     assert read.column("head") == (1, -1, 1, 6, 1, 1, None)
     assert read.column("depth") == (1, 0, 1, 2, 1, 1, None)
     assert read.column("head_distance") == (1, None, -3, 1, -5, -6, None)

@@ -296,6 +296,25 @@ def test_groups_that_differ_and_groups_that_do_not(llama: mi.Model) -> None:
     assert uniform(mi.GroupSimilarity(draws=99)._p(sums, counts, group, 0, 1, gap), 99)
 
 
+def test_texts_without_a_label_are_in_no_group(llama: mi.Model) -> None:
+    """Groups and drift are as if these texts were not there, and they are counted."""
+    more = [*TEXTS[:2], *TEXTS], [None, float("nan"), *LABELS]
+    asked = mi.GroupSimilarity("resid_post.1", draws=50, standardize=True)
+    found = mi.run(llama, mi.Examples.of(*more), asked)
+    without = mi.run(llama, mi.Examples.of(TEXTS, LABELS), asked).data
+    assert found.data["group"].values.tolist() == without["group"].values.tolist()
+    for name in ("gap", "texts"):
+        np.testing.assert_allclose(found.data[name], without[name], atol=1e-6)
+    assert found.meta["unlabelled"] == 2 and found.meta["units"] == 12
+    with pytest.raises(ExamplesError, match="takes 4 units with a label or more, and there are 3"):
+        mi.run(llama, mi.Examples.of(TEXTS, [*LABELS[:3], *[None] * 9]), asked)
+    other = tiny("llama", seed=1)
+    drift = mi.studies.concept_drift(llama, mi.Examples.of(*more), other, draws=20)
+    alone = mi.studies.concept_drift(llama, mi.Examples.of(TEXTS, LABELS), other, draws=20).data
+    np.testing.assert_allclose(drift.data["drift"], alone["drift"], atol=1e-6)
+    assert drift.meta["unlabelled"] == 2
+
+
 def test_groups_that_are_none_are_refused(llama: mi.Model) -> None:
     for labels, said in (
         (None, "no labels"),

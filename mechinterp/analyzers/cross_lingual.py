@@ -19,6 +19,7 @@ from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wan
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.similarity import ROUNDING, Array, Likeness, centred, likeness, standardized, top_share
 from mechinterp.core.statistics import fdr, summarize
+from mechinterp.core.tokens import is_label
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Site
 
@@ -68,8 +69,8 @@ class CrossLingual(Analyzer):
         seed: of shuffles and bootstrap.
     Raises:
         NeedsError: several vectors a text, or sites that do not fit.
-        ExamplesError: texts without labels, of one language, or twice the same sentence in a language; as many rows as
-            texts are needed; two languages that share fewer than six sentences.
+        ExamplesError: a text without a label, texts of one language, or twice the same sentence in a language; as many
+            rows as texts are needed; two languages that share fewer than six sentences.
     """
 
     rows: tuple[int, ...]
@@ -124,6 +125,8 @@ class CrossLingual(Analyzer):
             raise ExamplesError("these examples have no labels, which say what language each text is in; give labels=")
         if len(self.rows) != len(labels):
             raise ExamplesError(f"CrossLingual has {len(self.rows)} rows for {len(labels)} texts; give one for each")
+        if gone := [i for i, label in enumerate(labels) if not is_label(label)]:
+            raise ExamplesError(f"text {gone[0]} has no label, which says its language; give it one, or leave it out")
         by_language: dict[str, dict[int, int]] = {}
         for i, (label, row) in enumerate(zip(labels, self.rows, strict=True)):
             mine = by_language.setdefault(str(label), {})

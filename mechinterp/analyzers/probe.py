@@ -1,5 +1,6 @@
 """Linear probes: what can be read off the activations at each site, beside what chance and the words alone give."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,9 +11,10 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits, logistic, ridge
-from mechinterp.analyzers.probe_data import Array, Probed, auroc, code_length, interval, rank_correlation
-from mechinterp.analyzers.units import Pool, Units, features, part
+from mechinterp.analyzers.probe_data import Array, Ints, Probed, class_auroc, code_length, interval, rank_correlation
+from mechinterp.analyzers.units import Pool, Units, features, part, sharing
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
+from mechinterp.core.display import count
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.statistics import fdr
 from mechinterp.errors import NeedsError
@@ -42,7 +44,7 @@ class Probe(Analyzer):
     own shares; of the ``majority`` class; and, for words or tokens, of the most frequent label of their ``type``.
     ``confusion`` (``site label prediction``) counts; ``weight`` (``site class dim``) and ``bias`` (``site class``)
     are fitted on everything, for `LinearProbe.of`. For numbers ``r2`` stands for ``accuracy`` (1 - squared error over
-    that of the mean of what is fitted on), ``spearman`` for ``auroc``, and there is no ``mdl``.
+    that of the mean of what is fitted on), and ``spearman`` for ``auroc``.
 
     Attributes:
         sites: of one width; None for the residual stream before each layer and after the last.
@@ -55,10 +57,11 @@ class Probe(Analyzer):
         c: inverse strength of the penalty, as in scikit-learn.
         control: whether control tasks are fitted.
         permutations: shuffles for the p-value; it can be no smaller than 1 / (permutations + 1).
-        mdl: whether description lengths are measured.
+        mdl: whether description lengths are measured, of classes. No group is on both sides of a block's beginning.
     Raises:
         NeedsError: fewer than two folds, or sites without one vector a token or of different width. ExamplesError: no
-            labels, one class only, a class with fewer groups than folds, or equal texts in different groups.
+            labels, one class only, a class with fewer groups than folds, equal texts in different groups, a text
+            without a group; with `mdl`, numbers, or groups so large that no portion of half the units has all classes.
     """
 
     sites: Wanted | None = field(default=None, hash=False)
@@ -102,7 +105,11 @@ class Probe(Analyzer):
         device = context.model.device
         found = [self._site(one.to(device), data, context.seed) for one in x]
         sites = [str(site.at(None)) for site in self._reads(context.model)]
-        return _report(self, found, data, sites)
+        about = {
+            "sharing": sharing(owner[data.rows], tokens[data.rows]),
+            "fitted_on": sorted(set(_fingerprints(context, owner[data.rows]).values())),
+        }
+        return _report(self, found, data, sites, about)
 
     def _site(self, x: Tensor, data: Probed, seed: int) -> dict[str, Array]:
         """All that is reported of one site."""
@@ -113,7 +120,7 @@ class Probe(Analyzer):
         tasks = [data.y[None], *([data.control[None]] if self.control and data.control is not None else []), shuffled]
         targets = torch.from_numpy(np.concatenate(tasks)).to(x.device)
         # Every task on all folds; then the labels on everything, and on portions.
-        portions = torch.from_numpy(data.portions(seed)).to(x.device) if self.mdl and data.classes else everything[:0]
+        portions = torch.from_numpy(data.portions(seed)).to(x.device) if self.mdl else everything[:0]
         labels = torch.cat([targets.repeat_interleave(k, 0), targets[:1].expand(1 + len(portions), n)])
         rows = torch.cat([(~held).repeat(len(targets), 1), everything, portions])
         fits = logistic(x, labels, rows, len(data.classes), self.c) if data.classes else ridge(x, labels, rows, self.c)
@@ -143,8 +150,16 @@ def _held_out(fits: Fits, x: Tensor, held: Tensor, which: slice) -> Array:
     return out.double().cpu().numpy()
 
 
-def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites: list[str]) -> Result:
-    """Everything that was found at all sites, with intervals and baselines."""
+def _fingerprints(context: Context, owner: Ints) -> dict[int, str]:
+    """A hash of the tokens of each text that a unit is of."""
+    texts = {text: np.array(context.tokens.ids[text], dtype="<i8").tobytes() for text in np.unique(owner).tolist()}
+    return {text: hashlib.blake2b(ids, digest_size=8).hexdigest() for text, ids in texts.items()}
+
+
+def _report(
+    probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites: list[str], about: dict[str, Any]
+) -> Result:
+    """Everything that was found at all sites, with intervals and baselines; `about` is more for `Result.meta`."""
     names = ["labels", *(["control"] if len(found[0]["scores"]) > 1 else [])]
     truths = [data.y] if data.control is None or len(names) == 1 else [data.y, data.control]
     right = np.stack([[data.gains(one["scores"][i], truth) for one in found] for i, truth in enumerate(truths)])
@@ -161,7 +176,7 @@ def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites
     if "control" in names:
         variables["selectivity"] = (at, mean[0] - mean[1])
     if data.classes:
-        variables["auroc"] = (at, np.array([auroc(one["scores"][0], data) for one in found]))
+        variables["auroc"] = (at, np.array([class_auroc(one["scores"][0], data) for one in found]))
         guess = np.stack([data.predicted(one["scores"][0]) for one in found])
         counts = np.zeros((len(sites), len(data.classes), len(data.classes)), dtype=int)
         for i, row in enumerate(guess):
@@ -188,7 +203,7 @@ def _report(probe: Probe, found: Sequence[dict[str, Array]], data: Probed, sites
     meta = {
         "units": len(data.y), "left_out": data.left_out, "groups": len(set(data.group.tolist())),
         "chance": 1 / len(data.classes) if data.classes else 0.0,
-        "taken": {"positions": units.positions, "pool": units.pool, "each": units.each},
+        "taken": {"positions": units.positions, "pool": units.pool, "each": units.each}, **about,
     }  # fmt: skip
     if unconverged := sum(float(one.get("unconverged", 0.0)) for one in found):
         meta["unconverged"] = int(unconverged)
@@ -208,6 +223,7 @@ class ProbeTransfer(Analyzer):
 
     Result (``site``): ``accuracy`` with ``ci_low, ci_high`` (95%, bootstrap over groups), ``auroc`` over all units,
     and ``majority``, the share of the most frequent label here; for numbers ``r2`` (of the mean here) and ``spearman``.
+    ``meta["seen"]`` counts the texts that the probes were fitted on, by their tokens: of these nothing is learnt.
 
     Attributes:
         probes: a result of `Probe`, as it was or loaded again.
@@ -221,7 +237,7 @@ class ProbeTransfer(Analyzer):
     groups: tuple[Any, ...] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        if "taken" not in self.probes.meta or "weight" not in self.probes.data:
+        if not {"taken", "fitted_on"} <= set(self.probes.meta) or "weight" not in self.probes.data:
             raise NeedsError(f"ProbeTransfer must have a result of Probe. Got {self.probes._title()}")
 
     @property
@@ -257,15 +273,23 @@ class ProbeTransfer(Analyzer):
         at = ("site",)
         variables: dict[str, Any] = {value: (at, mean[0]), "ci_low": (at, low[0]), "ci_high": (at, high[0])}
         if known:
-            variables["auroc"] = (at, np.array([auroc(one, data) for one in scores]))
+            variables["auroc"] = (at, np.array([class_auroc(one, data) for one in scores]))
             share = float(np.bincount(data.y).max() / len(data.y))
             variables["majority"] = (at, np.full(len(scores), share))
         else:
             rank = [rank_correlation(one[:, 0], data.y) for one in scores]
             variables["spearman"] = (at, np.array(rank))
+        texts = _fingerprints(context, owner[data.rows]).values()
+        seen = len([text for text in texts if text in set(self.probes.meta["fitted_on"])])
         title = f"{'Accuracy' if known else 'R²'} of probes that were fitted elsewhere"
+        title += f"; {seen} of {count(len(texts), 'text')} they were fitted on" if seen else ""
         view = View("lines", value, "site", title=title, unit=value if known else "R²")
         sites = self.probes.data["site"].values.tolist()
-        return Result(
-            xr.Dataset(variables, {"site": sites}), {"units": len(data.y), "left_out": data.left_out}, (view,)
-        )
+        meta = {
+            "units": len(data.y),
+            "left_out": data.left_out,
+            "texts": len(texts),
+            "seen": seen,
+            "sharing": sharing(owner[data.rows], tokens[data.rows]),
+        }
+        return Result(xr.Dataset(variables, {"site": sites}), meta, (view,))

@@ -13,7 +13,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from torch import Tensor
 
 from mechinterp.analyzers.fitting import Fits
-from mechinterp.core.tokens import Tokens
+from mechinterp.core.ranking import auroc
+from mechinterp.core.tokens import Tokens, is_label
 from mechinterp.errors import ExamplesError
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -164,14 +165,31 @@ class Probed:
         return out
 
     def portions(self, seed: int) -> Bools:
-        """The portions that online coding fits on, ``portion unit``: those with all classes, and not everything."""
-        order = np.random.default_rng(seed).permutation(len(self.y))
+        """The portions that online coding fits on, ``portion unit``: those with all classes, and not everything.
+
+        Groups come whole, in a random order, each portion with as many as fit: what a block is coded with shares no
+        group with it.
+
+        Raises:
+            ExamplesError: the labels are numbers, or no portion has all classes.
+        """
+        if not self.classes:
+            raise ExamplesError("online coding is of classes, and these labels are numbers; leave mdl out")
+        names, of = np.unique(self.group, return_inverse=True)
+        place = np.random.default_rng(seed).permutation(len(names))[of]  # of each unit's group in the order
+        ends = np.bincount(place).cumsum()
         out: list[Bools] = []
-        for share in PORTIONS[:-1]:
-            some = order[: int(share * len(order))]
+        for groups in dict.fromkeys(int((ends <= share * len(place)).sum()) for share in PORTIONS[:-1]):
+            some = place < groups
             if len(set(self.y[some].tolist())) == len(self.classes):
-                out.append(np.isin(np.arange(len(self.y)), some))
-        return np.array(out, dtype=bool).reshape(-1, len(self.y))
+                out.append(some)
+        if not out:
+            raise ExamplesError(
+                f"there are {len(names)} groups, and no portion of them with half of the units has all"
+                f" {len(self.classes)} classes: nothing to code the rest with; give more texts or smaller groups, or"
+                " leave mdl out"
+            )
+        return np.array(out)
 
 
 def code_length(fits: Fits, first: int, portions: Tensor, x: Tensor, data: Probed) -> float:
@@ -187,19 +205,15 @@ def code_length(fits: Fits, first: int, portions: Tensor, x: Tensor, data: Probe
     return total
 
 
-def auroc(scores: Array, data: Probed) -> float:
+def class_auroc(scores: Array, data: Probed) -> float:
     """Of one class against the rest, mean over classes and over folds (over all at once where there are none)."""
     folds = data.held if len(data.held) else np.ones((1, len(data.y)), dtype=bool)
     columns = np.concatenate([-scores, scores], 1) if scores.shape[1] == 1 else scores
-    found: list[float] = []
-    for fold in folds:
-        ranks = stats.rankdata(columns[fold], axis=0)
-        for number in range(len(data.classes)):
-            yes = data.y[fold] == number
-            n, m = int(yes.sum()), int((~yes).sum())
-            if n and m:
-                found.append(float((ranks[yes, number].sum() - n * (n + 1) / 2) / (n * m)))
-    return float(np.mean(found)) if found else float("nan")
+    each = [
+        auroc(columns[fold, number], data.y[fold] == number) for fold in folds for number in range(len(data.classes))
+    ]
+    known = [value for value in each if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def rank_correlation(one: Array, two: Array) -> float:
@@ -238,7 +252,7 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
     if column is None:
         raise ExamplesError("the examples have no labels; give labels= to Examples.of or to the probe")
     if several and len(column) == len(owner):  # one for each unit, in order
-        return [None if isinstance(v, float) and np.isnan(v) else v for v in column]
+        return [label if is_label(label) else None for label in column]
     if len(column) != len(tokens):
         raise ExamplesError(f"there are {len(column)} labels for {len(tokens)} texts; give one for each")
     counts = np.bincount(owner, minlength=len(tokens))
@@ -254,7 +268,7 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
             out += list(label)
         else:
             out += [label] * int(counts[text])
-    return [None if isinstance(v, float) and np.isnan(v) else v for v in out]
+    return [label if is_label(label) else None for label in out]
 
 
 def _groups(tokens: Tokens, groups: Sequence[Any] | None) -> Ints:
@@ -264,6 +278,8 @@ def _groups(tokens: Tokens, groups: Sequence[Any] | None) -> Ints:
         return np.array([numbers[ids] for ids in tokens.ids], dtype=np.int64)
     if len(groups) != len(tokens):
         raise ExamplesError(f"there are {len(groups)} groups for {len(tokens)} texts; give one for each")
+    if None in groups:
+        raise ExamplesError(f"example {groups.index(None)} has no group; give it one, or leave it out")
     first: dict[tuple[int, ...], int] = {}
     for text, ids in enumerate(tokens.ids):
         before = first.setdefault(ids, text)

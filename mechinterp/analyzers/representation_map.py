@@ -11,13 +11,15 @@ import numpy.typing as npt
 import torch
 import xarray as xr
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from mechinterp.analyzers.similarity import Kept, Sampled, places
+from mechinterp.analyzers.similarity import Kept, Sampled, places, unlabelled
 from mechinterp.core.analyzer import Context, Model, Needs
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.similarity import LEAST, Array, centred
 from mechinterp.core.statistics import fdr
+from mechinterp.core.tokens import is_label
 from mechinterp.errors import NeedsError
 
 COMPONENTS = 10
@@ -41,15 +43,17 @@ class RepresentationMap(Sampled):
     Clusters are not those of the picture: they are looked for in the first ten principal components, by k-means or by
     Ward's method, and their number is that of the largest mean silhouette (Rousseeuw 1987) unless it is given. A
     clustering finds clusters in anything; ``silhouette_null`` is what it finds in the same components shuffled one by
-    one. Where the examples have labels that repeat, ``ari`` is the adjusted Rand index of clusters and labels (Hubert &
-    Arabie 1985; 0 by chance, 1 the same), with p of shuffled labels, text by text.
+    one, their number chosen in the same way. Where the examples have labels that repeat, ``ari`` is the adjusted Rand
+    index of clusters and labels (Hubert & Arabie 1985; 0 by chance, 1 the same), with p of shuffled labels, text by
+    text. Texts without a label (None) are in the map and in clusters, but not in that; ``meta["unlabelled"]`` counts
+    them.
 
     `mechinterp.report.maps.representation_map` draws it, with the text of each unit on hover.
 
     Result: ``silhouette``, ``silhouette_null``, ``clusters`` and, with labels, ``ari, ari_p, ari_q`` (``layer``);
     ``explained`` (``layer component``), shares of variance; ``coordinate`` (``layer unit axis``); ``cluster`` (``layer
-    unit``), from 1; ``text``, ``example`` and ``label`` (``unit``). Where features are constant all is NaN, the cluster
-    0.
+    unit``), from 1; ``text``, ``example`` and ``label`` (``unit``), empty for none. Where features are constant all is
+    NaN, the cluster 0.
 
     Attributes:
         method: ``"pca"`` or ``"umap"``, which takes the extra ``[umap]``.
@@ -80,9 +84,10 @@ class RepresentationMap(Sampled):
         if self.clusters is not None and self.clusters >= len(kept.owner):
             raise NeedsError(f"{self.clusters} clusters are too many for {len(kept.owner)} units; ask for fewer")
         labels = context.tokens.labels
-        mine = None if labels is None else np.array([str(labels[text]) for text in kept.owner])
-        if mine is not None and not 1 < len(set(mine)) < len(mine):
-            mine = None  # one group, or none that repeats
+        given = [None if labels is None or not is_label(labels[text]) else str(labels[text]) for text in kept.owner]
+        known = [label for label in given if label is not None]
+        # One group, or none that repeats, is nothing to compare clusters with.
+        mine = np.array([label or "" for label in given]) if 1 < len(set(known)) < len(known) else None
         found = [self._site(x, kept, mine) for x in kept.x]
         axis, names = places(reads)
         dims = {"explained": ("component",), "coordinate": ("unit", "axis"), "cluster": ("unit",)}
@@ -98,7 +103,8 @@ class RepresentationMap(Sampled):
             data["label"] = ("unit", mine)
         data["text"] = ("unit", _texts(context, kept))
         data["example"] = ("unit", kept.owner)
-        return Result(data, {**kept.meta(reads), "method": self.method}, _views(axis, mine is not None))
+        meta = {**kept.meta(reads), "method": self.method, "unlabelled": unlabelled(labels)}
+        return Result(data, meta, _views(axis, mine is not None))
 
     def _site(self, x: Float[Tensor, "unit dim"], kept: Kept, labels: npt.NDArray[Any] | None) -> dict[str, Any]:
         """All numbers of one site."""
@@ -113,27 +119,27 @@ class RepresentationMap(Sampled):
         if not np.isfinite(explained).all():
             return out
         out["coordinate"] = np.pad(scores, ((0, 0), (0, 2)))[:, :2] if self.method == "pca" else self._umap(x)
-        cluster, silhouette = self._clustered(scores)
         rng = np.random.default_rng(self.seed)
-        shuffles = (rng.permuted(scores, axis=0) for _ in range(NULLS))
-        null = [self._clustered(some, int(cluster.max()))[1] for some in shuffles]
+        with threadpool_limits(1):  # many small fits: on a busy machine threads cost far more than they bring
+            cluster, silhouette = self._clustered(scores)
+            null = [self._clustered(rng.permuted(scores, axis=0))[1] for _ in range(NULLS)]
         out |= {"cluster": cluster, "clusters": int(cluster.max())}
         out |= {"silhouette": silhouette, "silhouette_null": float(np.mean(null))}
         if labels is not None:
-            _, first, text = np.unique(kept.owner, return_index=True, return_inverse=True)
-            groups = np.unique(labels, return_inverse=True)[1][first]  # of each text
+            known = labels != ""
+            _, first, text = np.unique(kept.owner[known], return_index=True, return_inverse=True)
+            groups = np.unique(labels[known], return_inverse=True)[1][first]  # of each text
             drawn = np.stack([groups, *(rng.permutation(groups) for _ in range(DRAWS))])[:, text]
-            ari = adjusted_rand(cluster - 1, drawn)
+            ari = adjusted_rand(cluster[known] - 1, drawn)
             out |= {"ari": ari[0], "ari_p": float((ari >= ari[0] - 1e-9).mean())}
         return out
 
-    def _clustered(self, scores: Array, number: int | None = None) -> tuple[npt.NDArray[np.int64], float]:
+    def _clustered(self, scores: Array) -> tuple[npt.NDArray[np.int64], float]:
         """The cluster of each unit, the largest first, and the mean silhouette."""
         from sklearn.cluster import AgglomerativeClustering, KMeans
         from sklearn.metrics import silhouette_score
 
-        given = number or self.clusters
-        numbers = [given] if given else range(2, min(MOST_CLUSTERS, len(scores) - 1) + 1)
+        numbers = [self.clusters] if self.clusters else range(2, min(MOST_CLUSTERS, len(scores) - 1) + 1)
         best, score = np.zeros(len(scores), dtype=int), -np.inf
         for k in numbers:
             kmeans: Any = KMeans  # whose stub says that n_init is a string

@@ -13,7 +13,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analyzers.units import Units, features, part
+from mechinterp.analyzers.units import Units, features, part, sharing
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.result import Part, Result, View
 from mechinterp.core.similarity import (
@@ -30,6 +30,7 @@ from mechinterp.core.similarity import (
     top_share,
 )
 from mechinterp.core.statistics import fdr
+from mechinterp.core.tokens import is_label
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Site
 
@@ -55,6 +56,7 @@ class Kept:
         return {
             "units": len(self.owner),
             "units_seen": self.seen,
+            "sharing": sharing(self.owner, self.tokens),
             "texts": len(np.unique(self.owner)),
             "constant": constant,
         }
@@ -69,7 +71,7 @@ class Sampled(Analyzer):
     Attributes:
         sites: of one width, each with one vector for each token.
         units: what one vector stands for: a text, a span, each token or word.
-        most: units that are kept; where there are more, `Result.meta` says how many (``units``, ``of``).
+        most: units that are kept; where there are more, `Result.meta` says how many (``units``, ``units_seen``).
         seed: of the choice of units, and of whatever else is drawn.
         standardize: take z-scores of each dimension over the units. A dimension of massive activations can hold nearly
             all variance, and then every measure is about it alone (Timkey & van Schijndel 2021).
@@ -122,9 +124,11 @@ class Sampled(Analyzer):
             rows=rows,
         )
 
-    def kept(self, parts: Iterable[Part]) -> Kept:
+    def kept(self, parts: Iterable[Part], labels: Sequence[Any] | None = None) -> Kept:
         """All that was kept, in the order of the texts.
 
+        Args:
+            labels: of the texts; units of those without are left out.
         Raises:
             ExamplesError: fewer than four units.
         """
@@ -133,6 +137,13 @@ class Sampled(Analyzer):
         if seen < LEAST:
             raise ExamplesError(f"{self.name} takes {LEAST} units or more, and there are {seen}; give more texts")
         x, owner, tokens = features(found)
+        if labels is not None:
+            mine = np.flatnonzero([is_label(labels[text]) for text in owner])
+            if len(mine) < LEAST:
+                raise ExamplesError(
+                    f"{self.name} takes {LEAST} units with a label or more, and there are {len(mine)}; give more"
+                )
+            x, owner, tokens = x[:, torch.from_numpy(mine)], owner[mine], tokens[mine]
         share = np.array([float(top_share(site)) for site in x])
         for site in x if self.standardize else ():
             site.copy_(standardized(site))
@@ -162,7 +173,7 @@ class Similarity(Sampled):
 
     The measures are those of `mechinterp.core.similarity`: the mean cosine of a unit's two vectors, linear CKA with
     the unbiased HSIC, and Spearman's correlation of dissimilarities (1 - cosine). A text's first token, often an
-    attention sink with massive activations, is in no unit but one that names it.
+    attention sink with massive activations, is in no unit but one that names it: a position, a span or a word there.
 
     Intervals are those of the jackknife over texts, nulls shuffle texts of one side against the other, and q is over
     all pairs of sites and measures. Layers of one model share a residual stream, so that nearly all of them are more
@@ -202,6 +213,8 @@ class Similarity(Sampled):
 class GroupSimilarity(Sampled):
     """Whether texts of a group are more alike than texts of different groups, at every layer; groups are the labels.
 
+    Texts without a label (None) are in no group: left out, and counted in ``meta["unlabelled"]``.
+
     Mean cosine over pairs of units of different texts. The gap of two groups is the mean of the similarities within
     the two, less that between them; its p is that of a test that shuffles the labels of their texts, one-sided, and q
     is over all pairs of groups and sites. Vectors of a layer often share a large common direction, which brings all
@@ -213,13 +226,13 @@ class GroupSimilarity(Sampled):
     Attributes:
         draws: shuffles; p is at least 1 / (draws + 1).
     Raises:
-        NeedsError, ExamplesError: as for `Sampled`; texts without labels, a single group, or one with a single text.
+        NeedsError, ExamplesError: as for `Sampled`; no labels, a single group, or one with a single text.
     """
 
     draws: int = 1000
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
-        kept, reads = self.kept(parts), self.reads(context.model)
+        kept, reads = self.kept(parts, context.tokens.labels), self.reads(context.model)
         texts, number = np.unique(kept.owner, return_inverse=True)
         names, group = _groups(context, texts)
         member = np.eye(len(names))[group]
@@ -252,7 +265,7 @@ class GroupSimilarity(Sampled):
             View("lines", "gap", axis, by="pair", title=title, unit=unit) if few else
             View("heatmap", "gap", axis, "pair", center=0.0, title=title, unit=unit)
         )  # fmt: skip
-        return Result(data, kept.meta(reads), (view,))
+        return Result(data, {**kept.meta(reads), "unlabelled": unlabelled(context.tokens.labels)}, (view,))
 
     def _p(self, sums: Array, counts: Array, group: npt.NDArray[np.int64], a: int, b: int, gap: Array) -> Array:
         """One-sided, by shuffling which of two groups' texts are the first's; ``site``."""
@@ -269,6 +282,11 @@ class GroupSimilarity(Sampled):
             drawn = (inside + outside) / 2 - between
             out.append((1 + float((drawn >= observed - 1e-9).sum())) / (self.draws + 1))
         return np.where(np.isfinite(gap), out, np.nan)
+
+
+def unlabelled(labels: Sequence[Any] | None) -> int:
+    """How many texts have no label, where some have."""
+    return sum(not is_label(label) for label in labels or ())
 
 
 def check_measures(name: str, measures: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """What one row of features stands for: a text at one token, a span, or each of its tokens or words."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -149,6 +150,17 @@ def part(units: Units, reads: Sequence[Site], batch: Batch) -> Part:
         "tokens": (torch.tensor(units.columns(batch.examples), dtype=torch.long).reshape(-1, 2), "unit bound"),
     }
     return Part(values)
+
+
+def sharing(owner: npt.NDArray[np.integer], tokens: npt.NDArray[np.integer]) -> int:
+    """How many units are from a token that another unit of the same text is from, too: their vectors are alike by it.
+
+    Args:
+        owner, tokens: of each unit, as `features` gives them.
+    """
+    each = [[(text, at) for at in range(*span)] for text, span in zip(owner.tolist(), tokens.tolist(), strict=True)]
+    times = Counter(token for unit in each for token in unit)
+    return sum(any(times[token] > 1 for token in unit) for unit in each)
 
 
 def features(parts: Iterable[Part]) -> tuple[Tensor, npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import mechinterp as mi
-from mechinterp.cli.study import Debug, Device, Dtype, Out, Seed, check_out, reported
-from mechinterp.errors import ExamplesError
+from mechinterp.cli.study import Debug, Device, Dtype, Limit, Out, Seed, TextField, check_out, filled, reported, rows_of
 
 app = typer.Typer(no_args_is_help=True, help="A classifier: weights, trajectories through texts, spurious patterns.")
 
@@ -34,9 +33,7 @@ Labels = Annotated[
     list[str] | None, typer.Option("--label", help="Names of the head's outputs, in order; repeat for each.")
 ]
 Target = Annotated[str | None, typer.Option("--target", help="Whose log-odds; the last label by default.")]
-TextField = Annotated[str, typer.Option("--text-field")]
 LabelField = Annotated[str | None, typer.Option("--label-field", help="Of what is right, where it is known.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many texts.")]
 TooLong = Annotated[Truncation, typer.Option("--too-long", help="What happens to texts over the context.")]
 
 
@@ -88,7 +85,7 @@ def trajectory(
     """Log-odds at every token of every text, and where they are highest, lowest, and change most."""
     with reported(debug):
         check_out(out)
-        texts, _ = _read(file, text_field, None, limit)
+        texts = filled(file, rows_of(file, limit), text_field)
         model = _load(base, adapter, head, config, label, dtype, device)
         examples = mi.Examples.of(_cut(model, texts, too_long))
         asked = [
@@ -126,7 +123,7 @@ def spurious(
     patterns = _patterns(pattern)
     with reported(debug):
         check_out(out)
-        texts, _ = _read(file, text_field, None, limit)
+        texts = filled(file, rows_of(file, limit), text_field)
         model = _load(base, adapter, head, config, label, dtype, device)
         examples = mi.Examples.of(_cut(model, texts, too_long))
         asked = mi.SpuriousPatterns(target, patterns=patterns, test=test.value, seed=seed)
@@ -163,7 +160,9 @@ def report(
         check_out(out)
         from mechinterp.studies.classifier import classifier_report
 
-        texts, gold = _read(file, text_field, label_field, limit)
+        rows = rows_of(file, limit)
+        texts = filled(file, rows, text_field)
+        gold = None if label_field is None else filled(file, rows, label_field)
         model = _load(base, adapter, head, config, label, dtype, device)
         cut = _cut(model, texts, too_long)
         asked = mi.SpuriousPatterns(target, patterns=patterns, test=test.value, seed=seed)
@@ -190,20 +189,6 @@ def _load(
     )
     typer.echo(f"{model}\n")
     return model
-
-
-def _read(file: Path, text: str, label: str | None, limit: int | None) -> tuple[list[str], list[str] | None]:
-    """Texts, and what is right where a field says so."""
-    from mechinterp.studies.labelled import file_rows
-
-    rows = file_rows(file)[:limit]
-    for name in (text, *([] if label is None else [label])):
-        if name not in rows[0]:
-            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
-        for i, row in enumerate(rows):
-            if not str(row.get(name) or "").strip():
-                raise ExamplesError(f"row {i + 1} of {file} has no {name!r}; correct it, or leave it out")
-    return [str(row[text]) for row in rows], None if label is None else [str(row[label]) for row in rows]
 
 
 def _cut(model: "mi.Model", texts: list[str], how: Truncation) -> list[str]:

@@ -13,11 +13,16 @@ from mechinterp.cli.study import (
     Debug,
     Device,
     Dtype,
+    Limit,
     ModelArgument,
     Out,
     Seed,
+    TextField,
     check_out,
+    field,
+    filled,
     reported,
+    rows_of,
     study,
 )
 from mechinterp.errors import ExamplesError
@@ -32,8 +37,6 @@ class Ablation(StrEnum):
 
 Texts = Annotated[Path, typer.Argument(metavar="FILE", help="Texts: .csv, .tsv, .json, .jsonl, or .txt, one a line.")]
 Labelled = Annotated[Path, typer.Argument(metavar="FILE", help="Texts with labels: .csv, .tsv, .json or .jsonl.")]
-TextField = Annotated[str, typer.Option("--text-field", help="Of the file, what is read.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many texts.")]
 Layers = Annotated[
     str | None, typer.Option("--layers", metavar="N,N,...", help="Some layers, such as 0,5,10; by default all.")
 ]
@@ -67,7 +70,7 @@ def analyze_activations(
     chosen, neurons = _layers(layers), _neurons(neuron)
     with reported(debug):
         check_out(out)
-        examples = mi.Examples.of(_texts(file, text_field)[:limit])
+        examples = mi.Examples.of(_texts(file, text_field, limit))
         stats = mi.ActivationStats(layers=chosen) if kind is None else mi.ActivationStats(tuple(kind), chosen)
         asked: list[mi.Analyzer] = [stats]
         asked += [mi.MaxActivating("mlp_act", (layer,), some, top) for layer, some in neurons.items()]
@@ -154,16 +157,14 @@ def _neurons(given: list[str] | None) -> dict[int, tuple[int, ...]]:
     return dict(sorted(out.items()))
 
 
-def _texts(file: Path, field: str) -> list[str]:
-    """The texts of a file; of a .txt, its lines.
+def _texts(file: Path, name: str, limit: int | None) -> list[str]:
+    """The first so many texts of a file; of a .txt, its lines.
 
     Raises:
         ExamplesError: it cannot be read, lacks the field, or a text is missing.
     """
-    from mechinterp.studies.labelled import file_rows
-
     if file.suffix != ".txt":
-        return _column(file, file_rows(file), field)
+        return filled(file, rows_of(file, limit), name)
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -171,31 +172,15 @@ def _texts(file: Path, field: str) -> list[str]:
         raise ExamplesError(f"cannot read {file}: {reason}; give a file of texts") from None
     if not (texts := [line.strip("\r") for line in lines if line.strip()]):
         raise ExamplesError(f"{file} has no texts; write one a line")
-    return texts
-
-
-def _column(file: Path, rows: Any, field: str) -> list[str]:
-    """A field that every row must have."""
-    if field not in rows[0]:
-        raise ExamplesError(f"{file} has no field {field!r}; its fields are {', '.join(map(str, rows[0]))}")
-    for i, row in enumerate(rows, 1):
-        if not str(row.get(field) or "").strip():
-            raise ExamplesError(f"row {i} of {file} has no {field!r}; correct it, or leave it out")
-    return [str(row[field]) for row in rows]
+    return texts[:limit]
 
 
 def _labelled(file: Path, text: str, label: str, limit: int | None) -> "mi.Examples":
     """Texts with labels, None where there is none, and answers where the file has them."""
-    from mechinterp.studies.labelled import file_rows
-
-    rows: Any = file_rows(file)[:limit]
-    texts = _column(file, rows, text)
-    if label not in rows[0]:
-        raise ExamplesError(f"{file} has no field {label!r}; its fields are {', '.join(map(str, rows[0]))}")
-    labels = [None if row.get(label) in (None, "") else row[label] for row in rows]
+    rows = rows_of(file, limit)
     answers: list[Any] | None = None
     if "answer" in rows[0]:
-        answers = _column(file, rows, "answer")
+        answers = filled(file, rows, "answer")
         if "wrong" in rows[0]:
-            answers = list(zip(answers, _column(file, rows, "wrong"), strict=True))
-    return mi.Examples.of(texts, labels, answers)
+            answers = list(zip(answers, filled(file, rows, "wrong"), strict=True))
+    return mi.Examples.of(filled(file, rows, text), field(file, rows, label), answers)

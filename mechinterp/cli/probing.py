@@ -17,19 +17,31 @@ from mechinterp.cli.study import (
     Debug,
     Device,
     Dtype,
+    Limit,
     ModelArgument,
     Out,
     Seed,
+    TextField,
     check_out,
+    field,
+    filled,
     reported,
+    rows_of,
     study,
 )
+from mechinterp.core.display import count
 from mechinterp.errors import ExamplesError, NeedsError
 
 GROUP = "frame"
 """The label of sentences that are made alike, and are held out together."""
 NO_TASK = ("head", GROUP)
 """Labels that are no classes to tell apart."""
+TASKS = (
+    *("pos", "depth", "head_distance", "relation", "number", "tense", "sentiment"),
+    *("subject_number", "voice", "attractors"),
+)
+"""The tasks of grammar and sentiment that are probed by default, as far as there are labels."""
+SENTENCES = 400
 
 
 class Pooling(StrEnum):
@@ -61,12 +73,10 @@ Folds = Annotated[int, typer.Option("--folds", min=2, help="Of the cross-validat
 Permutations = Annotated[
     int, typer.Option("--permutations", min=0, help="Fits on shuffled labels for a p-value; 0 for none.")
 ]
-TextField = Annotated[str, typer.Option("--text-field")]
 LabelField = Annotated[str, typer.Option("--label-field", help="Of a class, or with --numbers of a number.")]
 GroupField = Annotated[
     str | None, typer.Option("--group-field", help="Texts of one group are never on both sides of a fold.")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many texts.")]
 
 
 def probe_representations(
@@ -96,12 +106,14 @@ def probe_representations(
     debug: Debug = False,
 ) -> None:
     """Linear probes of a label at every site, held out, beside the majority and a control task."""
+    if numbers and mdl:
+        raise typer.BadParameter("a description length is of classes: leave --mdl or --numbers out", param_hint="--mdl")
     with reported(debug):
         check_out(out)
         examples, groups = _labelled(file, text_field, label_field, group_field, numbers, limit)
         asked = mi.Probe(
             None if site is None else tuple(site), folds=folds, groups=groups, c=c, permutations=permutations,
-            mdl=mdl and not numbers, **_units(at, pool),
+            mdl=mdl, **_units(at, pool),
         )  # fmt: skip
         other = None if transfer is None else _labelled(transfer, text_field, label_field, group_field, numbers, limit)
         title = f"Probes of {label_field}: {file.name} in {Path(model).name}"
@@ -111,6 +123,12 @@ def probe_representations(
         if other is not None:
             moved = mi.run(loaded, other[0], mi.ProbeTransfer(found, groups=other[1]), seed=seed)
             typer.echo(f"\n{transfer}: what the probes read there\n{moved.table().to_string(index=False)}")
+            if seen := moved.meta["seen"]:
+                typer.echo(
+                    f"warning: the probes were fitted on {seen} of these {count(moved.meta['texts'], 'text')}, which"
+                    " flatters them; give texts that are not in the first file",
+                    err=True,
+                )
             path = moved.save(out.with_name(f"{out.name}-transfer"))
             typer.echo(f"result: {path}")
 
@@ -126,13 +144,14 @@ def probe_linguistic(
         ),
     ] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", help="Such as pos, depth, number, tense; repeat. By default all.")
+        list[str] | None,
+        typer.Option("--task", help="Such as pos or depth; repeat. By default those of grammar and sentiment."),
     ] = None,
     site: Sites = None,
     pool: Pool = Pooling.last,
     folds: Folds = 5,
     permutations: Permutations = 0,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Sentences.")] = 400,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Sentences; of a file the first so many.")] = SENTENCES,
     batch_size: BatchSize = None,
     seed: Seed = 0,
     adapter: Adapter = None,
@@ -145,25 +164,43 @@ def probe_linguistic(
     with reported(debug):
         check_out(out)
         data: Any = mi.tasks.sentences(limit, seed=seed) if file is None else _words(file)
+        name_of = "our sentences" if file is None else str(file)
+        said: list[str] = []
+        if len(data) > limit:
+            said.append(f"the first {limit:,} of {count(len(data), 'sentence')}; more with --limit")
+            data = data.first(limit)
+        if data.unplaced:
+            said.append(f"{count(data.unplaced, 'word')} that do not stand in their text are left out")
         known = [name for name in (*data.word_labels, *data.labels) if name not in NO_TASK]
-        chosen = task or known
-        if odd := [name for name in chosen if name not in known]:
-            raise ExamplesError(f"{file or 'our sentences'} has no labels for {odd[0]!r}; it has {', '.join(known)}")
+        if odd := [name for name in task or () if name not in known]:
+            raise ExamplesError(f"{name_of} has no labels for {odd[0]!r}; it has {', '.join(known)}")
+        wanted = [name for name in task or TASKS if name in known]
+        if others := [name for name in known if name not in (*TASKS, *wanted)]:
+            said.append(f"labels that are probed only where --task names them: {', '.join(others)}")
         sites = None if site is None else tuple(site)
-        asked: list[Any] = []
-        for name in chosen:
-            of_words = name in data.word_labels
-            labels = data.column(name) if of_words else data.labels[name]
-            if all(isinstance(label, int) for label in labels if label is not None):
-                labels = tuple(None if label is None else float(label) for label in labels)
-            units: dict[str, Any] = {"each": "word", "pool": pool.value} if of_words else {"positions": "end"}
-            groups = data.labels.get(GROUP)
-            labels = _common(data, name, labels, groups, folds)
-            asked.append(mi.Probe(sites, labels, folds=folds, permutations=permutations, groups=groups, **units))
+        groups = data.labels.get(GROUP)
+        asked: dict[str, Any] = {}
+        for name in wanted:
+            labels, why = _probed(data, name, groups, folds)
+            said += [f"{name}: {line}" for line in why]
+            if labels is not None:
+                of_words = name in data.word_labels
+                units: dict[str, Any] = {"each": "word", "pool": pool.value} if of_words else {"positions": "end"}
+                asked[name] = mi.Probe(
+                    sites, labels, folds=folds, permutations=permutations, groups=groups, **units
+                )  # fmt: skip
+        for line in said:
+            typer.echo(f"{name_of}: {line}", err=True)
+        if not asked:
+            raise ExamplesError(
+                f"{name_of} has nothing to probe; its labels are {', '.join(known) or 'none'}: name some with --task,"
+                " give more sentences, or fewer --folds"
+            )
         source = f"mi.tasks.sentences({limit}, seed={seed})" if file is None else str(file)
-        title = f"Linguistic probes in {Path(model).name}: {', '.join(chosen)}"
+        title = f"Linguistic probes in {Path(model).name}: {', '.join(asked)}"
         study(
-            (model, adapter, dtype, device), data.examples(), asked, out, title, seed, source, batch_size, names=chosen
+            (model, adapter, dtype, device), data.examples(), list(asked.values()), out, title, seed, source,
+            batch_size, names=list(asked), about={"left_out": said},
         )  # fmt: skip
 
 
@@ -273,19 +310,32 @@ def _units(at: Where, pool: Pooling) -> dict[str, Any]:
     return {"each": "token"} if at is Where.token else {"positions": at.value, "pool": pool.value}
 
 
-def _common(data: Any, name: str, labels: Any, groups: Any, folds: int) -> tuple[Any, ...]:
-    """Labels without the classes that are in fewer groups than folds, of which what is left out is said."""
-    owner = list(range(len(data)))
-    if name in data.word_labels:
-        owner = [i for i, row in enumerate(data.words) for span in row if span is not None]
+def _probed(data: Any, name: str, groups: Any, folds: int) -> tuple[tuple[Any, ...] | None, list[str]]:
+    """Labels of a task without its rare classes, None where it cannot be probed; and what is left out, in words.
+
+    Numbers are floats, which are regressed. A class must be in as many groups as there are folds.
+    """
+    of_words = name in data.word_labels
+    labels = data.column(name) if of_words else data.labels[name]
+    owner = (
+        [i for i, row in enumerate(data.words) for span in row if span is not None] if of_words else range(len(data))
+    )
+    here = [(data.texts if groups is None else groups)[i] for i in owner]
+    if all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels if label is not None):
+        numbers = tuple(None if label is None else float(label) for label in labels)
+        there = {group for group, label in zip(here, numbers, strict=True) if label is not None}
+        if len(set(numbers) - {None}) > 1 and len(there) >= folds:
+            return numbers, []
+        return None, [f"not probed, as its numbers are all the same, or in fewer than {folds} groups of texts"]
     where: dict[Any, set[Any]] = {}
-    for text, label in zip(owner, labels, strict=True):
-        if label is not None and not isinstance(label, float):
-            where.setdefault(label, set()).add(text if groups is None else groups[text])
+    for group, label in zip(here, labels, strict=True):
+        if label is not None:
+            where.setdefault(label, set()).add(group)
     rare = {label for label, there in where.items() if len(there) < folds}
-    if rare:
-        typer.echo(f"{name}: without {', '.join(sorted(map(str, rare)))}, in fewer than {folds} groups", err=True)
-    return tuple(None if label in rare else label for label in labels)
+    said = [f"without {', '.join(sorted(map(str, rare)))}, in fewer than {folds} groups of texts"] if rare else []
+    if len(where) - len(rare) < 2:
+        return None, [*said, "not probed, as fewer than two classes are left"]
+    return tuple(None if label in rare else label for label in labels), said
 
 
 def _words(file: Path) -> Any:
@@ -300,29 +350,16 @@ def _words(file: Path) -> Any:
 
 def _labelled(
     file: Path, text: str, label: str, group: str | None, numbers: bool, limit: int | None
-) -> tuple["mi.Examples", tuple[Any, ...] | None]:
+) -> tuple["mi.Examples", tuple[str, ...] | None]:
     """Texts with labels, and groups where a field says so. A row without a label is kept, and counted later."""
-    from mechinterp.studies.labelled import file_rows
-
-    rows = file_rows(file)[:limit]
-    for name in (text, label, *([] if group is None else [group])):
-        if name not in rows[0]:
-            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
+    rows = rows_of(file, limit)
     labels: list[Any] = []
-    for i, row in enumerate(rows, 1):
-        if not str(row.get(text) or "").strip():
-            raise ExamplesError(f"row {i} of {file} has no {text!r}; correct it, or leave it out")
-        value = row.get(label)
-        if value is None or not str(value).strip():
-            labels.append(None)
-        elif not numbers:
-            labels.append(str(value))
-        else:
-            try:
-                labels.append(float(value))
-            except ValueError:
-                raise ExamplesError(
-                    f"row {i} of {file} has the {label!r} {value!r}, which is no number; leave --numbers out"
-                ) from None
-    examples = mi.Examples.of([str(row[text]) for row in rows], labels=labels)
-    return examples, None if group is None else tuple(str(row.get(group)) for row in rows)
+    for i, value in enumerate(field(file, rows, label), 1):
+        try:
+            labels.append(None if value is None else float(value) if numbers else str(value))
+        except ValueError:
+            raise ExamplesError(
+                f"row {i} of {file} has the {label!r} {value!r}, which is no number; leave --numbers out"
+            ) from None
+    groups = None if group is None else tuple(filled(file, rows, group))
+    return mi.Examples.of(filled(file, rows, text), labels), groups

@@ -18,15 +18,18 @@ from mechinterp.cli.study import (
     Debug,
     Device,
     Dtype,
+    Limit,
     ModelName,
     Out,
     Seed,
+    TextField,
     check_out,
     explanation,
+    filled,
     reported,
+    rows_of,
 )
 from mechinterp.core.display import count
-from mechinterp.errors import ExamplesError
 
 MOSTLY = 0.5
 """The share of variance in one dimension above which that is said."""
@@ -47,7 +50,6 @@ Position = Annotated[
     Where, typer.Option("--position", help="The mean over a text's tokens but the first, or its last token.")
 ]
 MapOption = Annotated[Map, typer.Option("--map", help="How the map is made; umap takes the extra [umap].")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most so many, drawn at random.")]
 
 
 def compare_languages(
@@ -73,7 +75,7 @@ def compare_languages(
     with reported(debug):
         check_out(out)
         parallel = mi.studies.read_parallel(file, language)
-        shown = parallel if limit is None else parallel.part(limit, seed)
+        shown = parallel if limit is None else parallel.first(limit)
         for line in parallel.left_out:
             typer.echo(line, err=True)
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
@@ -89,7 +91,7 @@ def compare_languages(
 
 def representations(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A .tsv, .csv, .json or .jsonl file of texts.")],
-    text_field: Annotated[str, typer.Option("--text-field")] = "text",
+    text_field: TextField = "text",
     label_field: Annotated[str | None, typer.Option("--label-field", help="What the groups of texts are.")] = None,
     limit: Limit = None,
     position: Position = Where.end,
@@ -109,7 +111,9 @@ def representations(
     """How alike layers are, whether texts of a group are more alike than others, and a map of every layer."""
     with reported(debug):
         check_out(out)
-        examples = _texts(file, text_field, label_field, limit, seed)
+        rows = rows_of(file, limit)
+        labels = None if label_field is None else filled(file, rows, label_field)
+        examples = mi.Examples.of(filled(file, rows, text_field), labels)
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
         typer.echo(f"{loaded}\n")
         units = _units(position)
@@ -135,25 +139,6 @@ def _map(drawn: Map, units: Any, seed: int, standardize: bool) -> "list[mi.Analy
         return []
     method = "umap" if drawn is Map.umap else "pca"
     return [mi.RepresentationMap(units=units, seed=seed, standardize=standardize, method=method)]
-
-
-def _texts(file: Path, text: str, label: str | None, limit: int | None, seed: int) -> "mi.Examples":
-    import numpy as np
-
-    from mechinterp.studies.labelled import file_rows
-
-    rows = file_rows(file)
-    if limit is not None:
-        rows = [rows[i] for i in np.sort(np.random.default_rng(seed).permutation(len(rows))[:limit])]
-    for name in (text, *([] if label is None else [label])):
-        if name not in rows[0]:
-            raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
-        for i, row in enumerate(rows):
-            if not str(row.get(name) or "").strip():
-                raise ExamplesError(f"row {i + 1} of {file} has no {name!r}; correct it, or leave it out")
-    return mi.Examples.of(
-        [str(row[text]) for row in rows], labels=None if label is None else [str(row[label]) for row in rows]
-    )
 
 
 def _languages(found: "mi.Result") -> list[str]:

@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 import mechinterp as mi
-from mechinterp.errors import MechinterpError
+from mechinterp.errors import ExamplesError, MechinterpError
 
 PROVENANCE = (
     *("model", "model_hash", "dtype", "device", "kernel", "threads"),
@@ -35,6 +35,8 @@ Adapter = Annotated[str | None, typer.Option("--adapter", help="A PEFT adapter o
 Device = Annotated[str | None, typer.Option("--device", help="Such as cuda; the CPU by default.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Such as bfloat16; the checkpoint's own by default.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of prompts, random tokens, bootstrap and permutations.")]
+TextField = Annotated[str, typer.Option("--text-field", help="Of the file, what is read.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="The first so many texts.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for tables, figures and the report.")]
 
 
@@ -47,6 +49,36 @@ def check_format(path: Path, hint: str) -> None:
 def read_examples(path: Path) -> "mi.Examples":
     """Examples from a .jsonl or .csv file."""
     return getattr(mi.Examples, READERS[path.suffix])(path)
+
+
+def rows_of(file: Path, limit: int | None = None) -> list[Mapping[str, Any]]:
+    """The first so many rows of a CSV, TSV, JSON or JSONL file, all by default."""
+    from mechinterp.studies.labelled import file_rows
+
+    return file_rows(file)[:limit]
+
+
+def field(file: Path, rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """A field of every row, None where it is empty.
+
+    Raises:
+        ExamplesError: the file has no such field.
+    """
+    if name not in rows[0]:
+        raise ExamplesError(f"{file} has no field {name!r}; its fields are {', '.join(map(str, rows[0]))}")
+    return [None if row.get(name) is None or not str(row[name]).strip() else row[name] for row in rows]
+
+
+def filled(file: Path, rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    """A field that every row must have, as text.
+
+    Raises:
+        ExamplesError: the file has no such field, or a row has nothing there.
+    """
+    values = field(file, rows, name)
+    if None in values:
+        raise ExamplesError(f"row {values.index(None) + 1} of {file} has no {name!r}; correct it, or leave it out")
+    return [str(value) for value in values]
 
 
 def check_out(out: Path) -> None:
@@ -67,12 +99,14 @@ def study(
     batch_size: int | None = None,
     engine: str = "packed",
     names: Sequence[str] = (),
+    about: Mapping[str, Any] | None = None,
     **run: Any,
 ) -> "tuple[mi.Model, list[mi.Result]]":
     """Load, plan, run, summarize, write. `run` are further options of `mi.run`.
 
     Args:
         names: of the analyzers, where several are of one kind.
+        about: what else the manifest has.
     """
     from mechinterp.cli.summary import findings
     from mechinterp.report.study import write_study
@@ -99,6 +133,7 @@ def study(
         },
         "examples": source,
         "n_examples": len(examples),
+        **(about or {}),
         "command": shlex.join(["mechinterp", *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": {"load": round(loaded - begun, 2), "run": round(ran - loaded, 2)},

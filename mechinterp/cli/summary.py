@@ -172,6 +172,8 @@ def _probe(result: Result) -> list[str]:
     low, high = (float(data[name].sel(task="labels")[best]) for name in ("ci_low", "ci_high"))
     of = f" of {result.meta['of']}" if "of" in result.meta else ""
     left = f" ({result.meta['left_out']} without a label left out)" if result.meta["left_out"] else ""
+    shared = int(result.meta["sharing"])
+    left += f" ({shared} of them share a token with another word)" if shared else ""
     said = (
         f"Probes{of}, on {count(result.meta['units'], 'vector')}{left}:"
         f" best at {site}, {'R²' if value == 'r2' else value} {float(own[best]):.3f} ({low:.3f} to {high:.3f})"

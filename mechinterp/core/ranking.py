@@ -29,6 +29,16 @@ class Separation:
     correlation_p: Array
 
 
+def auroc(scores: npt.NDArray[np.floating], truth: npt.NDArray[np.bool_]) -> float:
+    """The chance that a unit of the label has the larger score, ties counting half; NaN where all or none has it.
+
+    Args:
+        scores, truth: ``unit``.
+    """
+    n, m = int(truth.sum()), int((~truth).sum())
+    return float((stats.rankdata(scores)[truth].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
+
+
 def separate(
     values: npt.NDArray[np.floating], text: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_]
 ) -> Separation:

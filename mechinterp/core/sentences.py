@@ -220,6 +220,18 @@ class Sentences:
         """Every word that stands in its text, as it is written there, in the order of `column`."""
         return tuple(self.texts[i][slice(*span)] for i, _, span in self._placed())
 
+    @property
+    def unplaced(self) -> int:
+        """Words that do not stand in their text, which no example has: *de* and *le* of *du*."""
+        return sum(span is None for row in self.words for span in row)
+
+    def first(self, n: int) -> "Sentences":
+        """The first n of them."""
+        word_labels, labels = (
+            {name: column[:n] for name, column in some.items()} for some in (self.word_labels, self.labels)
+        )
+        return Sentences(self.texts[:n], self.words[:n], word_labels, labels)
+
     def column(self, name: str) -> tuple[Any, ...]:
         """A label of every word that stands in its text: one for each span of the category ``"word"``, in its order.
 

@@ -4,6 +4,7 @@ Positions are always counted in an example's own tokens, from its first real one
 either side changes nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -20,6 +21,11 @@ Span: TypeAlias = tuple[int, int]
 Baseline: TypeAlias = Literal["mean", "zero", "pad"]
 """Embeddings that stand for no token in particular; `Model.baseline` makes them."""
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+
+
+def is_label(value: Any) -> bool:
+    """Whether a text has this label: None and NaN say that it has none."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from mechinterp.core.result import Result, View
-from mechinterp.report.panels import TEXT_COLUMNS, Bars, Heat, Heats, Lines, Numbers, Panel, every, panel
+from mechinterp.report.panels import AXIS_WIDTH, TEXT_COLUMNS, Bars, Heat, Heats, Lines, Numbers, Panel, every, panel
 
 # Okabe & Ito (2008): eight colours that people with any kind of colour vision tell apart.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -256,16 +256,17 @@ def _below(heat: Heat) -> int:
 def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
     for line, color in zip(lines.series, _colors(len(lines.series)), strict=True):
         x = [_plain(str(v)) for v in line.x] if lines.x else line.x
-        if line.low is not None and line.high is not None and not lines.x:
+        points = bool(lines.x) and not lines.joined
+        if line.low is not None and line.high is not None and not points:
             figure.add_scatter(
                 x=[*x, *list(x)[::-1]], y=[*line.high, *line.low[::-1]], fill="toself", fillcolor=_rgba(color, 0.2),
                 line={"width": 0}, hoverinfo="skip", showlegend=False, mode="lines",
             )  # fmt: skip
         hover = f"{_plain(lines.x_name)} %{{x}}<br>{_plain(lines.label)} %{{y:.4g}}<extra>{_plain(line.name)}</extra>"
         figure.add_scatter(
-            x=x, y=line.values, name=_plain(line.name), mode="markers" if lines.x else "lines+markers",
+            x=x, y=line.values, name=_plain(line.name), mode="markers" if points else "lines+markers",
             hovertemplate=hover, line={"color": color, "width": 2},
-            marker={"size": 9 if lines.x else 5, "color": color},
+            marker={"size": 9 if points else 5, "color": color},
             error_y=_whiskers(line.values, line.low, line.high, color),
         )  # fmt: skip
     figure.update_xaxes(
@@ -274,7 +275,11 @@ def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
     if lines.log:
         figure.update_xaxes(type="log", dtick=1)
     if lines.x:
-        figure.update_xaxes(categoryorder="array", categoryarray=[_plain(n) for n in lines.x])
+        names = [_plain(name) for name in lines.x]
+        figure.update_xaxes(categoryorder="array", categoryarray=names, automargin=True)
+        if lines.joined:
+            shown = [names[i] for i in lines.ticks]
+            figure.update_xaxes(tickmode="array", tickvals=lines.ticks, ticktext=shown, tickangle=0)
     figure.update_yaxes(title=_plain(lines.label), zerolinecolor="#bbb", rangemode="tozero")
     figure.update_layout(showlegend=len(lines.series) > 1)
     return 640, 400
@@ -368,19 +373,22 @@ def _matplotlib_mesh(axes: Axes, heat: Heat) -> QuadMesh:
 
 def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
     places = {name: i for i, name in enumerate(lines.x)}
+    points = bool(lines.x) and not lines.joined
     for i, (line, color) in enumerate(zip(lines.series, _colors(len(lines.series)), strict=True)):
         x = np.array([places[v] for v in line.x]) if lines.x else line.x
-        if lines.x:  # categories have nothing between them: points, side by side
+        if points:  # categories have nothing between them: points, side by side
             x = x + 0.1 * (i - (len(lines.series) - 1) / 2)
         if line.low is not None and line.high is not None:
-            if not lines.x:
+            if not points:
                 axes.fill_between(x, line.low, line.high, color=color, alpha=0.2, linewidth=0)
             # a band is invisible where a line is steep
-            axes.vlines(x, line.low, line.high, color=color, linewidth=1.4 if lines.x else 0.8)
-        size, width = (5.0, 0.0) if lines.x else (2.8, 1.6)
+            axes.vlines(x, line.low, line.high, color=color, linewidth=1.4 if points else 0.8)
+        size, width = (5.0, 0.0) if points else (2.8, 1.6)
         axes.plot(x, line.values, color=color, marker="o", markersize=size, linewidth=width, label=drawable(line.name))
     if lines.x:
-        axes.set_xticks(range(len(lines.x)), [drawable(name) for name in lines.x])
+        crowded = sum(len(lines.x[i]) + 1 for i in lines.ticks) > AXIS_WIDTH
+        turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        axes.set_xticks(lines.ticks, [drawable(lines.x[i]) for i in lines.ticks], **turned)
         axes.set_xlim(-0.5, len(lines.x) - 0.5)
     elif lines.log:
         axes.set_xscale("log")

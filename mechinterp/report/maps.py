@@ -29,7 +29,8 @@ def representation_map(result: Result) -> go.Figure:
         raise OutputError(f"{result.meta.get('analyzer', 'this result')} is no map; use RepresentationMap")
     data: Any = result.data
     axis = str(data["coordinate"].dims[0])
-    labels = data["label"].values.astype(str) if "label" in data else np.array([], dtype=str)
+    given = data["label"].values.tolist() if "label" in data else []
+    labels = np.array([label or "no label" for label in given], dtype=str)
     by_label = 0 < len(set(labels)) <= MOST_LABELS
     most = int(data["cluster"].max())
     names = list(dict.fromkeys(labels)) if by_label else [f"cluster {i}" for i in range(1, most + 1)]

@@ -22,6 +22,8 @@ TOKEN_WIDTH = 7
 """Characters of a token that fit into a cell."""
 LABEL_WIDTH = 14
 """Characters of a token that labels a column."""
+AXIS_WIDTH = 100
+"""Characters that fit below the axis of a figure of lines."""
 MOST_PANELS = 8
 """Heatmaps that can be told apart side by side."""
 ALPHA = 0.05
@@ -104,6 +106,14 @@ class Lines:
     """Names of the places on the axis; empty when it is numeric."""
     series: tuple[Series, ...] = ()
     log: bool = False
+    joined: bool = False
+    """Whether names are places in a row, with something between them: sites along the depth of a model."""
+
+    @property
+    def ticks(self) -> list[int]:
+        """Which names there is room for below the axis: all, or of places in a row every so many."""
+        widest = max(map(len, self.x), default=0) + 1
+        return every(len(self.x), AXIS_WIDTH // widest) if self.joined else list(range(len(self.x)))
 
 
 @dataclass(frozen=True)
@@ -395,15 +405,23 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
         ends = (None, None) if low is None or high is None else (low[ok], high[ok])
         series.append(Series(name, x[ok] if numeric else np.array(_names(x), dtype=object)[ok], values[ok], *ends))
     band = any(s.low is not None for s in series)
+    joined = view.x == "site" and _in_depth(names)
     return Lines(
         title=view.title or f"{view.value} by {view.x}",
-        note=("whiskers: 95% interval" if names else "band and whiskers: 95% interval") if band else "",
+        note=("whiskers: 95% interval" if names and not joined else "band and whiskers: 95% interval") if band else "",
         label=view.unit or view.value,
         x_name=view.x.replace("_", " "),
         x=names,
         series=tuple(series),
         log=view.log and not names,
+        joined=joined,
     )
+
+
+def _in_depth(names: Sequence[str]) -> bool:
+    """Whether sites follow each other through the model: those of one kind, or of the residual stream."""
+    kinds = {"resid" if name.startswith("resid_") else name.split(".")[0] for name in names}
+    return len(kinds) == 1 and len(names) > 1
 
 
 def _bars(frame: pd.DataFrame, view: View) -> Bars:

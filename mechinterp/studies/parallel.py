@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from mechinterp.core.display import count
 from mechinterp.core.examples import Examples
 from mechinterp.errors import ExamplesError
@@ -47,10 +45,9 @@ class Parallel:
     def __len__(self) -> int:
         return len(self.sentences)
 
-    def part(self, n: int, seed: int = 0) -> "Parallel":
-        """At most n sentences, drawn at random, in their order."""
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:n])
-        return Parallel(self.languages, tuple(self.sentences[i] for i in chosen), self.left_out)
+    def first(self, n: int) -> "Parallel":
+        """The first n sentences."""
+        return Parallel(self.languages, self.sentences[:n], self.left_out)
 
 
 def read_parallel(source: str | Path, languages: Sequence[str] | None = None) -> Parallel:

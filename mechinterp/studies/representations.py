@@ -16,6 +16,7 @@ from mechinterp.analyzers.similarity import (
     compared,
     likeness_view,
     places,
+    unlabelled,
 )
 from mechinterp.analyzers.units import Units
 from mechinterp.core.analyzer import Wanted
@@ -23,6 +24,7 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.result import Result, View
 from mechinterp.core.similarity import GROUPS, MEASURES, ROUNDING, Array, Likeness, Measure, jackknife, likeness
 from mechinterp.core.statistics import fdr
+from mechinterp.core.tokens import is_label
 from mechinterp.engine.runner import Progress, run
 from mechinterp.errors import AlignmentError, ExamplesError, NeedsError
 from mechinterp.model.model import Model, as_examples
@@ -122,7 +124,7 @@ def concept_drift(
     checkpoints, once the middle of each side's two means is taken out. p is the share of deals with as much drift.
 
     Args:
-        examples: texts with two labels.
+        examples: texts with two labels; those without (None) are left out, and counted in ``meta["unlabelled"]``.
         other: a second model of the same width and axes (a checkpoint, not a stranger), which reads the same texts; or
             a second group of texts with the same labels, for the same model.
         units: as for `compare_representations`; sites, batch_size, seed, progress: likewise.
@@ -153,6 +155,7 @@ def concept_drift(
         )
     if paired and not np.array_equal(texts, others):
         raise AlignmentError(f"{len(texts)} texts have units in one model and {len(others)} in the other")
+    (x, texts), (y, others) = _labelled(given, x, texts), _labelled(second, y, others)
     labels = [_numbers(given, texts, names), _numbers(second, others, names)]
     label, side = np.concatenate(labels), np.repeat([0, 1], [len(texts), len(others)])
     pooled = torch.cat([_balanced(some, mine) for some, mine in zip((x, y), labels, strict=True)], 1)
@@ -170,6 +173,7 @@ def concept_drift(
     data = xr.Dataset({name: (axis, values) for name, values in columns.items()}, {axis: entries})
     meta = {**found[0].meta, "analyzer": "ConceptDrift", "options": {}, "passes": {"forward": _passes(found)}}
     meta |= {"model": ", ".join(dict.fromkeys(one.name for one in models)), "concept": f"{names[1]} - {names[0]}"}
+    meta["unlabelled"] = unlabelled(given.labels) + (0 if paired else unlabelled(second.labels))
     view = View("lines", "drift", axis, title=f"Drift of {names[1]} - {names[0]}", unit="1 - cosine")
     return Result(data, meta, (view,))
 
@@ -214,7 +218,7 @@ def _two_labels(first: Examples, second: Examples) -> tuple[str, str]:
     Raises:
         ExamplesError: there are others, or too few texts of one.
     """
-    sides = [[str(label) for label in some.labels or ()] for some in (first, second)]
+    sides = [[str(label) for label in some.labels or () if is_label(label)] for some in (first, second)]
     names = list(dict.fromkeys(sides[0]))
     if len(names) != 2 or set(names) != set(sides[1]):
         there = [", ".join(dict.fromkeys(side)) or "none" for side in sides]
@@ -225,6 +229,15 @@ def _two_labels(first: Examples, second: Examples) -> tuple[str, str]:
     if few := [name for side in sides for name in names if side.count(name) < 2]:
         raise ExamplesError(f"the label {few[0]!r} has one text only; give two or more of each label")
     return names[0], names[1]
+
+
+def _labelled(
+    examples: Examples, x: Float[Tensor, "site text dim"], texts: npt.NDArray[np.int64]
+) -> tuple[Tensor, npt.NDArray[np.int64]]:
+    """Features of the texts that have a label, and which these are."""
+    assert examples.labels is not None
+    mine = np.flatnonzero([is_label(examples.labels[text]) for text in texts])
+    return x[:, torch.from_numpy(mine)], texts[mine]
 
 
 def _numbers(examples: Examples, texts: npt.NDArray[np.int64], names: tuple[str, str]) -> npt.NDArray[np.bool_]:
