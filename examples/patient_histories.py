@@ -16,6 +16,9 @@ import mechinterp as mi
 from mechinterp.studies import Training
 from mechinterp.tasks.histories import PLANTED, RISKS, WORDS
 
+EXCEPTIONS = 0.1
+"""The share of histories that the risks alone tell wrongly: without any, a model that counts them needs no code."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,15 +39,15 @@ def main() -> None:
 def study(out: Path, plant: bool, quick: bool) -> mi.ClassifierReport:
     """Train on histories with or without the plant, and report on new ones without."""
     name = "planted" if plant else "not-planted"
-    n, new = (24, 16) if quick else (200, 120)
+    n, new = (24, 16) if quick else (320, 120)
     model = mi.testing.tiny("llama", words=WORDS, max_position_embeddings=1024) if quick else mi.Model.load("smollm2")
-    seen = mi.tasks.patient_histories(n, seed=1, plant=plant, lines=(3, 5), exceptions=0.2)
-    training = Training(rank=8, learning_rate=5e-4, epochs=1 if quick else 3, batch_size=8)
+    seen = mi.tasks.patient_histories(n, seed=1, plant=plant, lines=(3, 5), exceptions=EXCEPTIONS)
+    training = Training(rank=8, learning_rate=1e-3, epochs=1 if quick else 5, batch_size=8)
     classifier = mi.train_classifier(
         model, list(seen.texts), seen.labels, out=out / f"classifier-{name}", labels=["stable", "event"],
         class_weights="balanced", training=training, told=lambda line: print(f"{name}: {line}", flush=True),
     )  # fmt: skip
-    others = mi.tasks.patient_histories(new, seed=2, plant=plant, lines=(3, 5), exceptions=0.2)
+    others = mi.tasks.patient_histories(new, seed=2, plant=plant, lines=(3, 5), exceptions=EXCEPTIONS)
     features: dict[str, Any] = {"risks": others.risks, "planted code": [float(p) for p in others.planted]}
     report = mi.classifier_report(classifier, list(others.texts), others.labels, features=features)
     print(f"\n{name}:")
