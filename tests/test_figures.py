@@ -190,6 +190,15 @@ def test_columns_with_the_same_token_stay_apart(result: mi.Result) -> None:
     assert trace.hovertemplate.startswith("layer %{y}<br>position %{x} (%{customdata[0]})")
 
 
+def test_numbers_on_an_axis_are_below_their_own_column() -> None:
+    """Plotly looks a tick up among the names of columns before it counts columns."""
+    data = xr.Dataset({"value": (("layer", "rank"), np.eye(4))}, {"layer": [3, 2, 1, 0], "rank": [1, 2, 3, 4]})
+    result = mi.Result(data, {}, (mi.View("heatmap", "value", "rank", "layer"),))
+    layout, (cells,) = plotly_figure(result, result.views[0]).layout, plotly_figure(result, result.views[0]).data
+    for axis, names in ((layout.xaxis, cells.x), (layout.yaxis, cells.y)):
+        assert list(axis.ticktext) == [str(name) for name in names] == [str(at) for at in axis.tickvals]
+
+
 def test_a_selected_example_has_its_own_tokens(result: mi.Result) -> None:
     each = result.data["effect"].expand_dims(example=[0, 1])
     made = mi.Result(result.data.drop_vars("q").assign(effect=each))

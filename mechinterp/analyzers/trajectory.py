@@ -163,12 +163,10 @@ class HighScoreTokens(Analyzer):
             {"side": list(sides), "rank": np.arange(1, rows["text"].shape[1] + 1)},
         )
         name = context.model.to_str_outputs([number(context.model, self.label)])[0]
-        views = (
-            View(
-                "heatmap", "value", "rank", "side", text="token", center=0.0, title="Where it is highest and lowest",
-                unit=f"{self.by} of log-odds of {name}, nats",
-            ),
-        )  # fmt: skip
+        level = self.by == "level"
+        title = "Where it is highest and lowest" if level else "Where it rises and falls most"
+        unit = f"{'' if level else 'change of '}log-odds of {name}, nats"
+        views = (View("heatmap", "value", "rank", "side", text="token", center=0.0, title=title, unit=unit),)
         return Result(out, {"label": name, "by": self.by}, views)
 
 

@@ -157,7 +157,7 @@ def one_head(result: Result, heads: Sequence[Head] | None = None, example: int =
         )  # fmt: skip
     step = max(1, math.ceil(len(names) / 80))
     shown: dict[str, Any] = {
-        "type": "category", "tickmode": "array", "tickvals": list(range(0, len(names), step)),
+        "type": "category", "tickmode": "array", "tickvals": list(names[::step]),
         "ticktext": ticks[::step], "tickfont": {"size": 10}, "showgrid": False, "ticks": "",
         "automargin": True,
     }  # fmt: skip

@@ -218,13 +218,14 @@ def _plotly_mesh(
     )
     below = x if heat.x_text is None else [_plain(t) for t in heat.x_text]
     beside = y if heat.y_text is None else [_plain(t) for t in heat.y_text]
-    for axis, names, title, most in (("xaxis", below, heat.x_name, 48), ("yaxis", beside, heat.y_name, 48)):
-        ticks = every(len(names), most)
+    # Ticks are at categories by name: a number would be looked for among the names first.
+    for axis, at, names, title in (("xaxis", x, below, heat.x_name), ("yaxis", y, beside, heat.y_name)):
+        ticks = every(len(names), 48)
         figure.update_layout(
             {axis + ends: {
                 "type": "category", "title": _plain(title), "showgrid": False, "ticks": "", "zeroline": False,
-                "automargin": True, "tickmode": "array", "tickvals": ticks, "ticktext": [names[i] for i in ticks],
-                "tickfont": {"size": 10},
+                "automargin": True, "tickmode": "array", "tickvals": [at[i] for i in ticks],
+                "ticktext": [names[i] for i in ticks], "tickfont": {"size": 10},
             }}
         )  # fmt: skip
     figure.layout["yaxis" + ends].update(autorange=True if heat.upward else "reversed", anchor=f"x{ends}")
@@ -279,7 +280,7 @@ def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
         figure.update_xaxes(categoryorder="array", categoryarray=names, automargin=True)
         if lines.joined:
             shown = [names[i] for i in lines.ticks]
-            figure.update_xaxes(tickmode="array", tickvals=lines.ticks, ticktext=shown, tickangle=0)
+            figure.update_xaxes(tickmode="array", tickvals=shown, ticktext=shown, tickangle=0)
     figure.update_yaxes(title=_plain(lines.label), zerolinecolor="#bbb", rangemode="tozero")
     figure.update_layout(showlegend=len(lines.series) > 1)
     return 640, 400
