@@ -131,10 +131,36 @@ def test_steering_is_what_interventions_do() -> None:
     with model.intervene(probe.ablate()):
         gone = np.array([odds_and_loss(i) for i in range(8)]) - np.array(before)
     assert float(data["ablation"].sel(measure="effect")) == pytest.approx(gone[:, 0].mean(), abs=1e-4)
+    assert float(data["ablation"].sel(measure="cost")) == pytest.approx(np.exp(gone[:, 1].mean()), rel=1e-4)
+    low, high = (float(data[f"ablation_ci_{end}"].sel(measure="effect")) for end in ("low", "high"))
+    assert low < gone[:, 0].mean() < high
     draw = torch.randn(2, 32, generator=torch.Generator().manual_seed(5))[1]
     with model.intervene(mi.Steer(sites.resid_post(1), draw, -1.5)):
         other = np.array([odds_and_loss(i) for i in range(8)]) - np.array(before)
     assert float(data["control"].sel(strength=-1.5)[1]) == pytest.approx(other[:, 0].mean(), abs=1e-4)
+    with model.intervene(mi.Project(sites.resid_post(1), draw)):
+        other = np.array([odds_and_loss(i) for i in range(8)]) - np.array(before)
+    line = data["ablation_control"].sel(draw=1)
+    assert float(line.sel(measure="effect")) == pytest.approx(other[:, 0].mean(), abs=1e-4)
+    assert float(line.sel(measure="cost")) == pytest.approx(np.exp(other[:, 1].mean()), rel=1e-4)
+    # Its rank among the random ones, by the distance from the mean of all three.
+    every = np.r_[data["mean"].sel(strength=3.0), data["control"].sel(strength=3.0)]
+    far = np.abs(every - every.mean())
+    assert float(data["p"].sel(strength=3.0)) == pytest.approx((far >= far[0]).mean())
+
+
+def test_the_p_of_a_random_direction_is_uniform() -> None:
+    """A direction that is one more draw is not to stand out, with few prompts that all move the same way, too."""
+    model, given = tiny("llama", layers=2), prompts()
+    found = {"p": [], "ablation_p": []}
+    for seed in range(40):
+        asked = mi.Steering(probe_of(model, 1, 1000 + seed), strengths=(4.0,), draws=19, seed=seed)
+        data = mi.run(model, given, asked).data
+        found["p"].append(float(data["p"][0]))
+        found["ablation_p"].append(float(data["ablation_p"].sel(measure="effect")))
+    jitter = np.random.default_rng(0).random(40) / 20  # p is a multiple of 1/20
+    for p in found.values():
+        assert stats.kstest(np.array(p) - jitter, "uniform").pvalue > 0.01
 
 
 def test_the_direction_of_the_answers_moves_them() -> None:
@@ -145,7 +171,8 @@ def test_the_direction_of_the_answers_moves_them() -> None:
     line = rows[ids[0]] + rows[ids[1]] - rows[ids[2]] - rows[ids[3]]
     probe = mi.LinearProbe(mi.Site("resid_post", 2), ("no", "yes"), torch.stack([-line, line]), torch.zeros(2))
     data = mi.run(model, prompts(), mi.Steering(probe, strengths=(20.0,))).data
-    assert float(data["mean"][0]) > 3 * float(data["control"].max()) and float(data["q"][0]) < 0.05
+    assert float(data["p"][0]) == pytest.approx(0.01) == float(data["ablation_p"].sel(measure="effect"))  # 1 in 100
+    assert float(data["mean"][0]) > 2 * float(data["control"].max()) and float(data["q"][0]) < 0.05
     assert float(data["ci_low"][0]) > 0
 
 

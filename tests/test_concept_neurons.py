@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import mechinterp as mi
@@ -163,6 +164,8 @@ def test_a_planted_neuron_comes_first() -> None:
     assert float(one["effect"].sel(order="ranked", on="label")) < -3
     assert abs(float(one["effect"].sel(order="ranked", on="rest"))) < 0.5
     assert float(one["excess_ci_high"].sel(on="label")) < -3
+    assert float(one["excess_p"].sel(on="label")) <= 2 / 40  # the first of 40 sets; one of them may have the neuron
+    assert float(data["excess_p"].min()) >= 1 / 40
 
 
 def test_the_best_of_many_is_nothing_on_held_out_texts() -> None:
@@ -186,12 +189,24 @@ def test_the_best_of_many_is_nothing_on_held_out_texts() -> None:
 
 def test_random_neurons_are_of_the_same_layers() -> None:
     chosen, rng = np.array([3, 7, 12, 13, 14, 15, 18]), np.random.default_rng(0)  # of layers of ten
-    for _ in range(20):
+    counts = np.zeros(20, int)
+    for _ in range(2000):
         drawn = alike(chosen, 10, rng)
         assert len(set(drawn.tolist())) == 7
         assert np.bincount(drawn // 10).tolist() == [2, 5]
-        assert not set(drawn[:2].tolist()) & {3, 7} and len(set(drawn.tolist()) & set(chosen.tolist())) == 0
-    assert sorted(alike(np.arange(8), 10, rng)[:2].tolist()) == [8, 9]  # the others first, then these
+        counts[drawn] += 1
+    np.testing.assert_allclose(counts / 2000, [0.2] * 10 + [0.5] * 10, atol=0.05)  # chosen ones as often as others
+
+
+def test_the_p_of_neurons_that_mean_nothing_is_uniform() -> None:
+    """Labels at random: the neurons that go with them are as good as others, though all texts move the same way."""
+    model, found = tiny("llama", layers=2), []
+    for seed in range(40):
+        labels = np.random.default_rng(seed).permutation(LABELS).tolist()
+        asked = mi.ConceptNeurons((1,), sizes=(4,), top=1, draws=19, seed=seed)
+        found.append(float(mi.run(model, examples(labels), asked).data["excess_p"].sel(on="label", size=4)[0]))
+    jitter = np.random.default_rng(0).random(40) / 20  # p is a multiple of 1/20
+    assert stats.kstest(np.array(found) - jitter, "uniform").pvalue > 0.01
 
 
 def test_without_answers_the_loss_is_measured(llama: mi.Model) -> None:

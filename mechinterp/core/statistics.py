@@ -198,6 +198,17 @@ def largest_p(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0, draws:
     return out
 
 
+def rank_p(value: npt.ArrayLike, draws: npt.ArrayLike) -> Array:
+    """Where something stands among random ones of its kind: two-sided p of ``*cells`` among ``draw *cells``.
+
+    The share of all of them, itself included, that are as far from the mean of all as it is. Exact where it is one
+    more draw, whatever they are distributed like, and never below 1 / (draws + 1). NaN where a number is missing.
+    """
+    every = np.concatenate([np.asarray(value, dtype=float)[None], np.asarray(draws, dtype=float)])
+    far = np.abs(every - every.mean(0))
+    return np.where(np.isfinite(far[0]), _as_extreme(far, far[0]).mean(0), np.nan)
+
+
 def fdr(p: npt.ArrayLike) -> Array:
     """Benjamini-Hochberg q-values over all finite entries of an array of any shape (1995)."""
     array = np.asarray(p, dtype=float)
