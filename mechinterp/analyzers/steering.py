@@ -34,10 +34,10 @@ class Steering(Analyzer):
     over examples); ``control`` (``strength draw``), the same of each random direction; ``excess``, the mean less that
     of the controls', with ``p``, two-sided, from the concept's rank among them (`rank_p`; no smaller than 1 / (draws +
     1)), and ``q`` over the strengths; ``cost``, how many times larger the perplexity of the examples' own text gets,
-    and ``control_cost``, that of the first five random ones. Where the line is removed (``measure``: the ``effect`` on the metric, and
-    the ``cost``): ``ablation`` with ``ablation_ci_low, ablation_ci_high``, ``ablation_control`` (``measure draw``), the
-    same of random lines, and ``ablation_p`` of the effect, from the rank among these. ``effect`` (``example strength``) and ``clean``
-    (``example``) are what it is made of.
+    and ``control_cost``, that of the first five random ones. Where the line is removed (``measure``: the ``effect`` on
+    the metric, and the ``cost``): ``ablation`` with ``ablation_ci_low, ablation_ci_high``, ``ablation_control``
+    (``measure draw``), the same of random lines, and ``ablation_p`` of the effect, from the rank among these.
+    ``effect`` (``example strength``) and ``clean`` (``example``) are what it is made of.
 
     Attributes:
         probe: with the site and the direction.
@@ -78,12 +78,7 @@ class Steering(Analyzer):
         )
 
     def needs(self, model: Model) -> Needs:
-        width = self.probe.weight.shape[1]
-        if "d_model" in self.probe.site.axes and width != model.dims.d_model:
-            raise NeedsError(
-                f"the probe at {self.probe.site} has {width} dimensions and {model.name} has {model.dims.d_model};"
-                " give one that was fitted on this model"
-            )
+        self.probe.check(model)
         rows = self._rows
         read_again = rows[: (1 + min(READ_AGAIN, self.draws)) * (1 + len(self.strengths))]
         return Needs(

@@ -24,7 +24,7 @@ from mechinterp.cli.study import (
     reported,
     study,
 )
-from mechinterp.errors import ExamplesError, NeedsError
+from mechinterp.errors import ExamplesError
 
 GROUP = "frame"
 """The label of sentences that are made alike, and are held out together."""
@@ -246,11 +246,7 @@ def steer(
         check_out(out)
         probe = mi.LinearProbe.load(direction)
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
-        if probe.weight.shape[1] != loaded.dims.d_model:
-            raise NeedsError(
-                f"{direction} has {probe.weight.shape[1]} dimensions and {loaded.name} has {loaded.dims.d_model}; give"
-                " one that was fitted on this model"
-            )
+        probe.check(loaded)
         typer.echo(f"{loaded}\n{probe}\n")
         result = mi.studies.steered_text(
             loaded, probe, prompt or ["I think that", "The weather today"], name=name,
