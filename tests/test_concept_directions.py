@@ -1,5 +1,6 @@
 """Concept directions and steering: what is planted is found and moves what it should; what is not there is not."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.metrics import roc_auc_score
+from tokenizers.processors import TemplateProcessing
 
 import mechinterp as mi
 from mechinterp import sites
-from mechinterp.analyzers.concept_directions import ConceptDirections
+from mechinterp.analyzers.concept_directions import ConceptDirections, _tested
 from mechinterp.analyzers.probe_data import Probed
 from mechinterp.core.tokens import Tokens
 from mechinterp.errors import ExamplesError, NeedsError
@@ -48,7 +51,7 @@ def test_a_planted_direction_is_recovered(method: Any) -> None:
     cosine = float(probe.direction("yes") @ planted)
     assert cosine > (0.98 if method != "logistic" else 0.7), cosine  # a logistic weight is turned by the covariance
     data = result.data.sel({"class": "yes"})
-    assert float(data["test_auroc"].sel(site="resid_pre.2")) > 0.95 and float(data["q"].sel(site="resid_pre.2")) < 1e-6
+    assert float(data["test_auroc"].sel(site="resid_pre.2")) > 0.95 and float(data["q"].sel(site="resid_pre.2")) < 0.01
     assert float(data["test_auroc"].sel(site="resid_pre.0")) < 0.75
     assert float(data["coherence"].sel(site="resid_pre.2")) > 0.5 > float(data["coherence"].sel(site="resid_pre.0"))
     assert result.meta["chosen"] in ("resid_pre.2", "resid_post.2")
@@ -77,20 +80,54 @@ def drawn(y: Any, groups: Any = None, folds: int = 5, seed: int = 0) -> Probed:
     )
 
 
-def test_p_is_uniform_where_there_is_nothing() -> None:
-    found = []
+@pytest.mark.parametrize("kind", ["texts", "groups of one class", "groups of both", "few groups"])
+def test_p_is_uniform_where_there_is_nothing(kind: str) -> None:
+    """Texts of one group are alike, so that to take them for independent would find what is not there."""
+    found, texts_found = [], []
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        x = torch.from_numpy(rng.standard_normal((100, 8))).float()
-        one = ConceptDirections(folds=3)._site(x, drawn(rng.permutation(["a", "b"] * 50), folds=3, seed=seed))
-        found.append(float(one["p"][0]))
+        group = np.arange(120) if kind == "texts" else np.arange(120) // (6 if kind != "few groups" else 15)
+        groups = int(group.max()) + 1
+        if kind == "groups of both":  # each group has its own line between the classes
+            y = np.array(["a", "b"] * 60)
+            x = rng.standard_normal((groups, 8))[group] * np.where(y == "a", 1, -1)[:, None]
+        else:
+            y = rng.permutation(["a", "b"] * (groups // 2))[group]
+            x = 3 * rng.standard_normal((groups, 8))[group]
+        x = torch.from_numpy(x + rng.standard_normal((120, 8))).float()
+        data = drawn(y, tuple(group.tolist()), folds=4, seed=seed)
+        asked = ConceptDirections(folds=4, set_apart=2)
+        one = asked._site(x, data)
         assert one["auroc"][0] == one["auroc"][1] and np.allclose(one["weight"][0], -one["weight"][1])
+        p = _tested(one["scores"][None], data, 2, seed)[0]
+        found.append(float(p[1]))
+        truth = y[data.held[:2].any(0)] == "b"
+        texts_found.append(stats.mannwhitneyu(one["scores"][1][truth], one["scores"][1][~truth]).pvalue)
+    if kind == "few groups":
+        assert np.isnan(found).all()
+        return
     assert stats.kstest(found, "uniform").pvalue > 0.01
+    assert kind == "texts" or stats.kstest(texts_found, "uniform").pvalue < 1e-4
+
+
+def test_too_few_groups_are_said() -> None:
+    model = tiny("llama", layers=1)
+    given = mi.Examples.of(texts(40), labels=["no", "yes"] * 20)
+    groups = tuple(i // 4 for i in range(40))
+    few = mi.run(model, given, ConceptDirections(groups=groups))
+    assert few.meta["groups_set_apart"] == 2 and few.meta["untested"].startswith("2 groups are set apart")
+    assert all(bool(few.data[name].isnull().all()) for name in ("ci_low", "ci_high", "p", "q"))
+    assert bool(few.data["test_auroc"].notnull().all())
+    more = mi.run(model, given, ConceptDirections(groups=groups, set_apart=3))
+    assert more.meta["groups_set_apart"] == 6 and more.meta["set_apart"] == 24 and "untested" not in more.meta
+    assert all(bool(more.data[name].notnull().all()) for name in ("ci_low", "ci_high", "p", "q"))
 
 
 def test_what_is_refused() -> None:
     with pytest.raises(NeedsError, match="three folds or more"):
         ConceptDirections(folds=2)
+    with pytest.raises(NeedsError, match="5 folds, 4 set apart"):
+        ConceptDirections(set_apart=4)
     with pytest.raises(ExamplesError, match="these labels are numbers"):
         mi.run(tiny("llama"), mi.Examples.of(texts(9), labels=list(map(float, range(9)))), ConceptDirections(folds=3))
 
@@ -210,6 +247,43 @@ def test_steered_text(tmp_path: Path) -> None:
         mi.studies.steered_text(model, probe, [])
     with pytest.raises(NeedsError, match="not 0, which is always there"):
         mi.studies.steered_text(model, probe, given, strengths=(0.0,))
+
+
+def test_the_first_token_of_a_text_is_no_word_of_it() -> None:
+    """With a tokenizer that begins every text with BOS, the words are still those that were asked for."""
+    model = tiny("llama")
+    rows = model.W_U.detach().float()
+    line = rows[model.tokenize([" Mary"]).ids[0][0]] - rows.mean(0)
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<unk>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<unk> $A", special_tokens=[("<unk>", tokenizer.bos_token_id)]
+    )
+    model = mi.Model(model.hf, tokenizer, "with-bos")
+    assert model.tokenize([" Mary"]).ids[0][0] == tokenizer.bos_token_id
+    probe = mi.LinearProbe(mi.Site("resid_post", 2), ("no", "yes"), torch.stack([-line, line]), torch.zeros(2))
+    options: Any = {"strengths": (200.0,), "words": [" Mary"], "max_new_tokens": 4, "pad_token_id": 0}
+    data = mi.studies.steered_text(model, probe, ["Tom had a"], **options).data
+    assert float(data["words"].sel(direction="yes", strength=200.0)[0]) == 1.0
+
+
+def test_the_line_that_is_tested_is_the_line_that_is_steered() -> None:
+    """Three classes, not balanced, whose weights do not add up to zero: the score is the projection on direction()."""
+    rng = np.random.default_rng(0)
+    y = np.array(["a"] * 60 + ["b"] * 30 + ["c"] * 30)
+    x = rng.standard_normal((120, 6)) + np.eye(6)[[0] * 60 + [1] * 30 + [2] * 30] + 5 * np.eye(6)[3]
+    data = drawn(y)
+    for method in METHODS:
+        found = ConceptDirections(method)._site(torch.from_numpy(x).float(), data)
+        weight, bias = (torch.from_numpy(found[name]).float() for name in ("weight", "bias"))
+        probe = mi.LinearProbe(mi.Site("resid_post", 0), tuple("abc"), weight, bias)
+        for i, name in enumerate("abc"):
+            along = (torch.from_numpy(x).float() @ probe.direction(name)).numpy()
+            auroc = roc_auc_score(y[data.held[0]] == name, along[data.held[0]])
+            assert found["test_auroc"][i] == pytest.approx(auroc, abs=1e-9)
+            rest = ~data.held[0]
+            gap = along[rest & (y == name)].mean() - along[rest & (y != name)].mean()
+            assert found["gap"][i] == pytest.approx(gap, rel=1e-4) and gap > 0
 
 
 def test_groups_along_a_direction() -> None:

@@ -18,7 +18,7 @@ from mechinterp.analyzers.units import Pool, Units, features, part
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.linear_probe import LinearProbe
 from mechinterp.core.result import Part, Result, View
-from mechinterp.core.statistics import compare_groups, fdr
+from mechinterp.core.statistics import MIN_EXAMPLES, compare_groups, fdr, summarize
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Position, Site
 
@@ -36,21 +36,28 @@ class ConceptDirections(Analyzer):
     differences to the group's mean where every group holds the class and the rest, such as pairs (Zou et al. 2023),
     and of everything elsewhere, with the sign that the labels give.
 
-    One fold of the groups is set apart: neither directions nor the choice of a site see it. That a direction tells
-    classes apart does not say that the model uses it; `Steering` measures that.
+    Some folds of the groups are set apart: neither directions nor the choice of a site see them. That a direction
+    tells classes apart does not say that the model uses it; `Steering` measures that.
 
     Result (``site class``; two classes have one line, whose positive side is the second): ``auroc`` of the projection,
-    cross-validated over the other folds, by which `LinearProbe.of` chooses a site; ``test_auroc`` on the fold set
-    apart with ``ci_low, ci_high`` (95%, bootstrap over groups), ``p`` (Mann-Whitney, which takes texts to be
-    independent) and ``q`` over all; ``coherence``, the mean cosine between the directions that single folds give,
-    each without the others, which is near 0 for what is noise; ``alignment`` (``site class other``), cosines between
-    classes; ``weight`` (``site class dim``) and ``bias`` (``site class``), for `LinearProbe.of`: scores are
-    projections, 0 half-way between the two means.
+    cross-validated over the other folds, by which `LinearProbe.of` chooses a site; ``test_auroc`` on the folds set
+    apart with ``ci_low, ci_high`` (95%, bootstrap over their groups), ``p`` and ``q`` over all; ``coherence``, the mean
+    cosine between the directions that single folds give, each without the others, which is near 0 for what is noise;
+    ``gap``, the mean projection of the class on the unit direction less that of the rest, in activation units, of what
+    it is fitted on; ``alignment`` (``site class other``), cosines between classes; ``weight`` (``site class dim``) and
+    ``bias`` (``site class``), for `LinearProbe.of`: scores are projections, 0 half-way between the two means (of
+    ``logistic`` they are log-odds, 0 where both classes are as likely).
+
+    Groups, not texts, are independent. Where most of those set apart hold the class and the rest, p is from flipping
+    the sign of the difference within each (of the mean rank of the projection); else from shuffling labels over the
+    groups of one class (`compare_groups`). Fewer than six groups can show nothing at .05: then the interval, p and q
+    are NaN, and ``meta["untested"]`` says so.
 
     Attributes:
         method: one of the three.
         sites, labels, positions, pool, each, groups, c: as for `Probe`.
-        folds: of which one is set apart; three or more.
+        folds: three or more.
+        set_apart: how many of the folds are set apart; two or more must be left.
     Raises:
         NeedsError: no such method, or too few folds. ExamplesError: as for `Probe`; labels that are numbers.
     """
@@ -64,12 +71,18 @@ class ConceptDirections(Analyzer):
     folds: int = 5
     groups: tuple[Any, ...] | None = field(default=None, hash=False)
     c: float = 1.0
+    set_apart: int = 1
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS or self.folds < 3 or self.c <= 0:
+        if self.method not in METHODS or self.c <= 0:
             raise NeedsError(
-                f"ConceptDirections must have one of the methods {', '.join(METHODS)}, three folds or more, and a c"
-                f" above 0. Got {self.method!r}, {self.folds} and {self.c}"
+                f"ConceptDirections must have one of the methods {', '.join(METHODS)}, and a c above 0. Got"
+                f" {self.method!r} and {self.c}"
+            )
+        if not 1 <= self.set_apart <= self.folds - 2:
+            raise NeedsError(
+                "ConceptDirections must have three folds or more, of which some are set apart and two are left. Got"
+                f" {self.folds} folds, {self.set_apart} set apart"
             )
 
     @property
@@ -98,23 +111,32 @@ class ConceptDirections(Analyzer):
         classes = [str(name) for name in data.classes]
         variables: dict[str, Any] = {}
         at = ("site", "class")
-        for name in ("auroc", "test_auroc", "ci_low", "ci_high", "p"):
+        for name in ("auroc", "test_auroc", "ci_low", "ci_high"):
             variables[name] = (at, np.stack([one[name] for one in found]))
-        p = variables["p"][1]
+        p = _tested(np.stack([one["scores"] for one in found]), data, self.set_apart, context.seed)
+        variables["p"] = (at, p)
         once = p[:, 1:] if len(classes) == 2 else p  # both classes of two are one test
         variables["q"] = (at, np.broadcast_to(fdr(once), p.shape).copy())
-        variables["coherence"] = (at, np.stack([one["coherence"] for one in found]))
+        for name in ("coherence", "gap"):
+            variables[name] = (at, np.stack([one[name] for one in found]))
         variables["alignment"] = (("site", "class", "other"), np.stack([one["alignment"] for one in found]))
         variables["weight"] = (("site", "class", "dim"), np.stack([one["weight"] for one in found]))
         variables["bias"] = (at, np.stack([one["bias"] for one in found]))
         sites = [str(site.at(None)) for site in self._reads(context.model)]
         dataset = xr.Dataset(variables, {"site": sites, "class": classes, "other": classes})
         best = sites[int(np.argmax(dataset["auroc"].mean("class").values))]
+        apart = data.held[: self.set_apart].any(0)
+        groups = len(np.unique(data.group[apart]))
         meta = {
             "method": self.method, "units": len(data.y), "left_out": data.left_out, "chosen": best,
-            "set_apart": int(data.held[0].sum()),
+            "set_apart": int(apart.sum()), "groups_set_apart": groups,
             "taken": {"positions": self.positions, "pool": self.pool, "each": self.each},
         }  # fmt: skip
+        if groups < MIN_EXAMPLES:
+            meta["untested"] = (
+                f"{groups} groups are set apart, and a test takes {MIN_EXAMPLES}; give more groups, or set more folds"
+                " apart"
+            )
         select = {"class": classes[1:]} if len(classes) == 2 else {}
         views = tuple(
             View("lines", name, "site", by="class", title=title, unit=unit, select=select)
@@ -128,7 +150,7 @@ class ConceptDirections(Analyzer):
     def _site(self, x: Float[Tensor, "unit dim"], data: Probed) -> dict[str, Array]:
         """All that is reported of one site."""
         held = torch.from_numpy(data.held).to(x.device)
-        apart, folds = held[0], held[1:]
+        apart, folds = held[: self.set_apart].any(0), held[self.set_apart :]
         y = torch.from_numpy(data.y).to(x.device)
         group = torch.from_numpy(data.group).to(x.device)
         # On all but what is set apart; without each fold of that; and on each fold alone.
@@ -147,10 +169,12 @@ class ConceptDirections(Analyzer):
             between = (own @ own.T)[*torch.triu_indices(k, k, 1)] if k > 1 else own.new_full((1,), float("nan"))
             value = _auroc(scores[test, 0], truth[test])
             low, high = _interval(scores[test, 0], truth[test], data.group[test])
-            p = stats.mannwhitneyu(scores[test, 0][truth[test]], scores[test, 0][~truth[test]]).pvalue
+            along = scores[:, 0] / max(float(weight[0].norm()), 1e-30)
+            gap = along[~test & truth].mean() - along[~test & ~truth].mean()
             found = {
-                "auroc": np.nanmean(each), "test_auroc": value, "ci_low": low, "ci_high": high, "p": float(p),
+                "auroc": np.nanmean(each), "test_auroc": value, "ci_low": low, "ci_high": high, "gap": gap,
                 "coherence": float(between.mean()), "weight": weight[0].cpu().numpy(), "bias": float(bias[0]),
+                "scores": scores[test, 0],
             }  # fmt: skip
             for name, v in found.items():
                 out.setdefault(name, []).append(np.asarray(v, dtype=float))
@@ -159,6 +183,7 @@ class ConceptDirections(Analyzer):
             half = {name: joined[name][0] / 2 for name in ("weight", "bias")}
             joined = {name: np.repeat(v, 2, 0) for name, v in joined.items()}
             joined |= {name: np.stack([-v, v]) for name, v in half.items()}
+            joined["scores"] = joined["scores"] * np.array([[-1.0], [1.0]])
         unit = joined["weight"] / np.maximum(np.linalg.norm(joined["weight"], axis=1, keepdims=True), 1e-30)
         return joined | {"alignment": unit @ unit.T}
 
@@ -272,9 +297,32 @@ def _auroc(scores: Array, truth: Any) -> float:
     return float((stats.rankdata(scores)[truth].sum() - n * (n + 1) / 2) / (n * m))
 
 
+def _tested(scores: Float[Array, "site class unit"], data: Probed, set_apart: int, seed: int) -> Array:
+    """p of each class at each site, from the units set apart; NaN with too few groups."""
+    apart = data.held[:set_apart].any(0)
+    y, (names, of) = data.y[apart], np.unique(data.group[apart], return_inverse=True)
+    out = np.full(scores.shape[:2], np.nan)
+    ranks = stats.rankdata(scores, axis=-1)
+    two = scores.shape[1] == 2  # which is one line, and one test
+    for number in (1,) if two else range(scores.shape[1]):
+        yes = np.stack([y == number, y != number])[:, None] & (of == np.arange(len(names))[:, None])  # side group unit
+        counts = yes.sum(-1)
+        with np.errstate(invalid="ignore"):
+            means = np.einsum("xgu,su->xgs", yes.astype(float), ranks[:, number]) / counts[..., None]
+        both = (counts > 0).all(0)
+        one, other = means[0][~both & (counts[0] > 0)], means[1][~both & (counts[1] > 0)]
+        if both.sum() >= len(one) + len(other):
+            out[:, number] = summarize((means[0] - means[1])[both], seed).p  # NaN below MIN_EXAMPLES
+        elif len(one) + len(other) >= MIN_EXAMPLES:
+            out[:, number] = compare_groups(one, other, seed).p
+    return np.repeat(out[:, 1:], 2, 1) if two else out
+
+
 def _interval(scores: Array, truth: Any, group: Any) -> tuple[float, float]:
     """95% percentile interval over bootstrap samples of groups."""
     names, of = np.unique(group, return_inverse=True)
+    if len(names) < MIN_EXAMPLES:
+        return float("nan"), float("nan")
     counts = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
     weight = counts[:, of].astype(float)  # draw unit
     ahead = np.sign(scores[truth][:, None] - scores[~truth]) / 2 + 0.5  # of each pair, half for a tie
