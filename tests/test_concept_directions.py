@@ -15,6 +15,8 @@ import mechinterp as mi
 from mechinterp import sites
 from mechinterp.analyzers.concept_directions import ConceptDirections, _tested
 from mechinterp.analyzers.probe_data import Probed
+from mechinterp.core.analyzer import Context
+from mechinterp.core.statistics import compare_groups
 from mechinterp.core.tokens import Tokens
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.testing import check_analyzer, tiny
@@ -286,8 +288,8 @@ def test_the_line_that_is_tested_is_the_line_that_is_steered() -> None:
             assert found["gap"][i] == pytest.approx(gap, rel=1e-4) and gap > 0
 
 
-def test_groups_along_a_direction() -> None:
-    """Texts of one group get the direction added; the test says which group, how far, and nothing of the others."""
+def test_kinds_along_a_direction() -> None:
+    """Texts of one kind get the direction added; the test says which kind, how far, and nothing of the others."""
     model = tiny("qwen3")
     some = mi.Examples.of(texts(12), labels=["a", "b", "c"] * 4, answers=[(" Mary", " John")] * 12)
     check_analyzer(mi.ConceptAssociation(probe_of(model)), some, models=[model])
@@ -300,5 +302,44 @@ def test_groups_along_a_direction() -> None:
     moved = float(data["score"].sel(group="cook") - plain["score"].sel(group="cook"))
     assert moved == pytest.approx(5.0, abs=1e-3)
     assert float(data["q"].sel(group="cook")) < 0.01 and float(plain["q"].min()) > 0.01
-    with pytest.raises(ExamplesError, match="compares two groups or more"):
+    assert float(data["score_q"].sel(group="cook")) < 0.01 and float(plain["score_q"].min()) > 0.01
+    # The cosine is that of the two directions, by hand.
+    x = model.trace(given.texts, sites.resid_post(1, positions="end"))[sites.resid_post(1, positions="end")]
+    cook = torch.tensor([True, False, False] * 30)
+    difference = x[cook].mean(0) - x[~cook].mean(0)
+    cosine = float(difference @ probe.direction("yes") / difference.norm())
+    assert float(plain["cosine"].sel(group="cook")) == pytest.approx(cosine, abs=1e-5)
+    np.testing.assert_allclose(plain["projection"], x @ probe.direction("yes"), atol=1e-4)
+    with pytest.raises(ExamplesError, match="compares two kinds or more"):
         mi.run(model, mi.Examples.of(texts(8), labels=["a"] * 8), mi.ConceptAssociation(probe))
+    with pytest.raises(ExamplesError, match="the group 'x' has texts labelled cook and pilot"):
+        mi.run(model, given, mi.ConceptAssociation(probe, groups=("x", "x", "y") * 30))
+
+
+def test_an_association_takes_groups_for_what_is_independent() -> None:
+    """Texts of a profession are alike: to shuffle texts finds kinds where professions were labelled at random."""
+    rng = np.random.default_rng(0)
+    line = torch.eye(6)[0]
+    probe = mi.LinearProbe(mi.Site("resid_post", 0), ("no", "yes"), torch.stack([-line, line]), torch.zeros(2))
+    model = tiny("llama", layers=1)
+    p: dict[str, list[float]] = {"groups": [], "texts": [], "score": []}
+    group = np.arange(60) // 6
+    for seed in range(80):
+        x = torch.from_numpy(3 * rng.standard_normal((10, 6))[group] + rng.standard_normal((60, 6))).float()
+        kinds = tuple(rng.permutation(["a", "b"] * 5)[group].tolist())
+        tokens = Tokens(tuple((i,) for i in range(60)), None, None, {}, {}, kinds)
+        values: dict[str, Any] = {
+            "features": (x[None], "site unit dim"), "owner": (torch.arange(60), "unit"),
+            "tokens": (torch.tensor([[0, 1]] * 60), "unit bound"),
+        }  # fmt: skip
+        context = Context(model, tokens, {}, seed)
+        by_group = mi.ConceptAssociation(probe, groups=tuple(group.tolist())).combine(iter([mi.Part(values)]), context)
+        by_text = compare_groups(x[np.array(kinds) == "a", :1].numpy(), x[np.array(kinds) == "b", :1].numpy(), seed)
+        p["groups"].append(float(by_group.data["p"][0]))
+        p["score"].append(float(by_group.data["score_p"][0]))
+        p["texts"].append(float(by_text.p[0]))
+        assert by_group.data["members"].values.tolist() == [5, 5] and by_group.data.sizes["member"] == 10
+    jitter = rng.random(80) * 2 / 252  # the exact test lists 252 splits, each with its mirror image
+    assert stats.kstest(np.array(p["groups"]) - jitter, "uniform").pvalue > 0.01
+    assert stats.kstest(np.array(p["score"]) - jitter, "uniform").pvalue > 0.01
+    assert stats.kstest(p["texts"], "uniform").pvalue < 1e-4

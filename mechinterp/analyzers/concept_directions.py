@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from mechinterp.analyzers.fitting import logistic
 from mechinterp.analyzers.probe import residual
-from mechinterp.analyzers.probe_data import Array, Probed
+from mechinterp.analyzers.probe_data import Array, Probed, groups_of
 from mechinterp.analyzers.units import Pool, Units, features, part
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Wanted
 from mechinterp.core.linear_probe import LinearProbe
 from mechinterp.core.result import Part, Result, View
-from mechinterp.core.statistics import MIN_EXAMPLES, compare_groups, fdr, summarize
+from mechinterp.core.statistics import MIN_EXAMPLES, compare_groups, fdr, split_p, summarize
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Position, Site
 
@@ -205,74 +206,127 @@ class ConceptDirections(Analyzer):
 
 @dataclass(frozen=True)
 class ConceptAssociation(Analyzer):
-    """Whether groups of texts lie along a concept's direction: professions along that of gender, say.
+    """Whether kinds of texts go with a concept: professions with gender, say.
 
-    The texts must not name the concept themselves, or that is all that is found. What is measured is association in
-    the model's activations (as WEAT does in word vectors; Caliskan et al. 2017); whether it reaches what the model
-    does is for `Steering` and ablation to say.
+    The kinds have a direction, too, from the mean of the others' texts to that of their own; what is asked is how it
+    lies to the concept's (as in word vectors; Caliskan et al. 2017). The texts must not name the concept themselves, or
+    that is all that is found. It is association in the model's activations; whether it reaches what the model does is
+    for `Steering` and ablation to say.
 
-    Result (``group``): ``score``, the mean projection on the unit direction less that of the other groups, in
-    activation units, with ``ci_low, ci_high`` (95%, bootstrap over texts); ``d``, Cohen's d; ``p`` (permutation of
-    texts, studentised) and ``q`` over the groups; ``texts``, how many there are. ``projection`` (``example``) is what
-    it is of.
+    What is shuffled is what is independent. Sentences about one profession say the same of it, so with `groups` it is
+    professions that have a label each, and that intervals and p are over.
+
+    Result (``group``, the kinds): ``cosine`` of the two directions, with ``p``, two-sided, and ``q``: of the labels
+    shuffled over `groups` (over texts where there are none), the kind's direction made anew each time; ``score``, the
+    difference along the concept's unit direction in activation units, with ``ci_low, ci_high`` (95%, bootstrap);
+    ``d``, Cohen's; ``score_p`` and ``score_q`` of this (studentised permutation); ``members``, how many groups there
+    are of the kind, and ``texts``. Over ``member``: ``projection`` of each group's mean, and its ``kind``. Fewer than
+    six groups in all can show nothing at .05: then p and q are NaN.
 
     Attributes:
         probe: with the site and the direction.
         concept: whose direction; the probe's last class by default.
-        labels: the group of each text; the examples' labels by default. None is left out.
-        positions, pool: which vector is taken from a text.
+        labels: the kind of each text; the examples' labels by default. None is left out.
+        groups: one for each text, such as its profession; those of one group have one label. By default each text is
+            its own, and equal texts are one.
+        positions, pool: which vector is taken from a text; by default as the probe was fitted, or the last token.
     Raises:
-        ExamplesError: no labels, or fewer than two groups.
+        ExamplesError: no labels, fewer than two kinds, or a group with several. NeedsError: another width.
     """
 
     probe: LinearProbe = field(hash=False)
     concept: str | None = None
     labels: tuple[Any, ...] | None = field(default=None, hash=False)
-    positions: Position = "end"
-    pool: Pool = "mean"
+    positions: Position | None = None
+    pool: Pool | None = None
+    groups: tuple[Any, ...] | None = field(default=None, hash=False)
+
+    @property
+    def units(self) -> Units:
+        taken = self.probe.taken
+        positions = taken.get("positions", "end") if self.positions is None else self.positions
+        return Units(positions, taken.get("pool", "mean") if self.pool is None else self.pool)
 
     def _reads(self, model: Model) -> tuple[Site, ...]:
-        return Units(self.positions, self.pool).reads(self.probe.site, model.dims.n_layers)
+        return self.units.reads(self.probe.site, model.dims.n_layers)
 
     def needs(self, model: Model) -> Needs:
+        self.probe.check(model)
         return Needs(self._reads(model))
 
     def observe(self, batch: Batch) -> Part:
-        x = Units(self.positions, self.pool).of(batch.clean[self._reads(batch.model)[0]], batch.examples)
-        return Part(x.float() @ self.probe.direction(self.concept).to(x.device), "example")
+        return part(self.units, self._reads(batch.model), batch)
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
-        values = Result.of(parts).data["value"].values.astype(float)
+        x = features(parts)[0][0].double().numpy()
         labels = context.tokens.labels if self.labels is None else self.labels
-        if labels is None or len(labels) != len(values):
-            raise ExamplesError(f"{len(values)} texts take as many labels, the groups that they are of. Got {labels!r}")
-        named = np.array(["" if label is None else str(label) for label in labels])
-        groups = sorted(set(named.tolist()) - {""})
-        if len(groups) < 2:
-            raise ExamplesError(f"an association compares two groups or more. Got {', '.join(groups) or 'none'}")
-        found = [
-            compare_groups(values[named == g, None], values[(named != g) & (named != ""), None], context.seed)
-            for g in groups
+        if labels is None or len(labels) != len(x):
+            raise ExamplesError(f"{len(x)} texts take as many labels, the kinds that they are of. Got {labels!r}")
+        kind = np.array(["" if label is None else str(label) for label in labels])
+        kinds = sorted(set(kind.tolist()) - {""})
+        if len(kinds) < 2:
+            raise ExamplesError(f"an association compares two kinds or more. Got {', '.join(kinds) or 'none'}")
+        numbers = groups_of(context.tokens, self.groups)
+        inside = [
+            np.flatnonzero((numbers == one) & (kind != "")) for one in dict.fromkeys(numbers[kind != ""].tolist())
         ]
-        columns = {
-            "score": "difference", "ci_low": "ci_low", "ci_high": "ci_high", "d": "d", "p": "p",
-        }  # fmt: skip
-        data = xr.Dataset(
-            {
-                **{
-                    to: ("group", np.array([float(getattr(one, of)[0]) for one in found])) for to, of in columns.items()
-                },
-                "texts": ("group", np.array([int((named == g).sum()) for g in groups])),
-                "projection": ("example", values),
-            },
-            {"group": groups},
-        )
-        data["q"] = ("group", fdr(data["p"].values))
-        line = self.concept or self.probe.classes[-1]
-        title = f"Groups of texts along the direction of {line}"
-        view = View("bars", "score", "group", title=title, unit="mean projection less the others'", center=0.0)
-        about = {"site": str(self.probe.site), "class": line, "left_out": int((named == "").sum())}
-        return Result(data, about, (view,))
+        # What a group is called, or the number of its first text.
+        names = [str(mine[0] if self.groups is None else self.groups[mine[0]]) for mine in inside]
+        for name, mine in zip(names, inside, strict=True):
+            if len(several := sorted(set(kind[mine].tolist()))) > 1:
+                raise ExamplesError(
+                    f"the group {name!r} has texts labelled {' and '.join(several)}, and labels are shuffled over whole"
+                    " groups; give groups whose texts have one label"
+                )
+        own = np.array([str(kind[mine[0]]) for mine in inside])
+        means = np.stack([x[mine].mean(0) for mine in inside])
+        line = self.probe.direction(self.concept).double().cpu().numpy()
+        along = means @ line
+        testable = len(names) >= MIN_EXAMPLES
+        found: dict[str, list[float]] = {}
+        for one in kinds:
+            order = np.argsort(own != one, kind="stable")  # its own first
+            n = int((own == one).sum())
+            cosine = partial(_cosine, means[order] @ means[order].T, along[order])
+            difference = compare_groups(along[order][:n, None], along[order][n:, None], context.seed)
+            columns = {"difference": "score", "ci_low": "ci_low", "ci_high": "ci_high", "d": "d", "p": "score_p"}
+            row = {to: float(getattr(difference, of)[0]) for of, to in columns.items()}
+            row["cosine"] = float(cosine((np.arange(len(own)) < n).astype(float)[None])[0])
+            row["p"] = split_p(cosine, n, len(own), context.seed)
+            row |= {"members": n, "texts": int((kind == one).sum())}
+            for column, value in row.items():
+                missing = column in ("p", "score_p") and not testable
+                found.setdefault(column, []).append(float("nan") if missing else value)
+        data = xr.Dataset({name: ("group", np.array(values)) for name, values in found.items()}, {"group": kinds})
+        two = len(kinds) == 2  # which are one test
+        for name in ("q", "score_q"):
+            p = data[name.replace("q", "p")].values
+            data[name] = "group", (p.copy() if two else fdr(p))
+        data = data.assign({"projection": ("member", along), "kind": ("member", own)})
+        data = data.assign_coords(member=names)
+        told = self.concept or self.probe.classes[-1]
+        views = (
+            View("bars", "cosine", "group", title=f"Kinds of texts and {told}", unit="cosine", center=0.0),
+            View("bars", "projection", "member", title=f"Along the direction of {told}", unit="activation"),
+        )  # fmt: skip
+        about: dict[str, Any] = {"site": str(self.probe.site), "class": told, "left_out": int((kind == "").sum())}
+        if not testable:
+            about["untested"] = f"there are {len(names)} groups, and a test takes {MIN_EXAMPLES}; give more"
+        return Result(data, about, views)
+
+
+def _cosine(products: Array, along: Array, splits: Array) -> Array:
+    """Of a unit direction with the difference of means of two groups, ``split``.
+
+    Args:
+        products: of the units' vectors with one another, ``unit unit``.
+        along: projections of the units on the direction.
+        splits: 1 for units of the first group and 0 for others, ``split unit``.
+    """
+    n = splits[:1].sum()
+    weight = splits / n - (1 - splits) / (splits.shape[1] - n)
+    length = np.sqrt(np.maximum(((weight @ products) * weight).sum(1), 0))
+    return np.divide(weight @ along, length, out=np.zeros(len(splits)), where=length > 0)
 
 
 def _component(x: Tensor, yes: Tensor, group: Tensor) -> Float[Tensor, "dim"]:
