@@ -1,7 +1,7 @@
 """Which neurons tell texts of one label from the others, and what switching them off does."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from mechinterp.analyzers.ablation import mean_at
 from mechinterp.analyzers.max_activating import marked, reader
 from mechinterp.analyzers.neuron_sets import alike, by_set, switched_off
+from mechinterp.analyzers.probe_data import groups_of
 from mechinterp.analyzers.units import Pool, Units, features, part
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Sweep, Writes
 from mechinterp.core.display import count
@@ -87,10 +88,13 @@ class ConceptNeurons(Analyzer):
         held_out: share of the texts of each label that is held out.
         draws: random sets of neurons for each size.
         seed: of which texts are held out, and of the random neurons.
+        groups: one for each text; those of one group are all held out, or none, and effects are of groups. By default
+            each text is its own, and equal texts are one.
     Raises:
         NeedsError: an option that cannot be, or a classifier without answers, which has no loss. ExamplesError: no
-            labels, one label only, or fewer than six texts of one (rows whose label is None are left out, and counted
-            in ``meta["unlabelled"]``). SiteError: fused experts, which have no neurons to hook, or no such layer.
+            labels, one label only, fewer than six texts of one, or groups too large to be held out (rows whose
+            label is None are left out, and counted in ``meta["unlabelled"]``). SiteError: fused experts, which have no
+            neurons to hook, or no such layer.
     """
 
     layers: tuple[int, ...] | None = None
@@ -105,6 +109,7 @@ class ConceptNeurons(Analyzer):
     held_out: float = 0.3
     draws: int = 39
     seed: int = 0
+    groups: tuple[Any, ...] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.ablation not in ("zero", "mean"):
@@ -165,7 +170,8 @@ class ConceptNeurons(Analyzer):
             means = dict(zip(layers, sums / tokens, strict=True))
         values, owner, tokens = features(found)
         units = _Units(values.numpy(), owner, tokens, layers)
-        concepts = _Concepts.of(context.tokens.labels, owner, self.held_out, self.seed)
+        group = groups_of(context.tokens, self.groups)
+        concepts = _Concepts.of(context.tokens.labels, owner, self.held_out, self.seed, group)
         data, orders = _ranked(concepts, units)
         data = data.merge(_best(concepts, units, orders[:, : self.top], self.shown, reader(context)))
         meta = {"unlabelled": len(context.tokens) - len(concepts.label), "metric": metric.label}
@@ -208,19 +214,23 @@ class _Concepts:
         targets: the labels that are told from the rest.
         texts: numbers of the texts that have a label and units, in order.
         held_out: of each of these.
+        group: of each of these.
     """
 
     label: Mapping[int, str]
     targets: tuple[str, ...]
     texts: Numbers
     held_out: Bools
+    group: Numbers
 
     @classmethod
-    def of(cls, labels: Sequence[Any] | None, owner: Numbers, share: float, seed: int) -> "_Concepts":
+    def of(cls, labels: Sequence[Any] | None, owner: Numbers, share: float, seed: int, groups: Numbers) -> "_Concepts":
         """Of the texts that units are from.
 
+        Args:
+            groups: the group of each text, of all that there are; groups are not divided.
         Raises:
-            ExamplesError: no labels, only one, or too few texts with one.
+            ExamplesError: no labels, only one, too few texts with one, or groups that are too large to be divided.
         """
         if labels is None:
             raise ExamplesError("ConceptNeurons tells labels apart, and the examples have none; give labels=")
@@ -240,11 +250,20 @@ class _Concepts:
                 f"the label {few[0]!r} has {count(counts[few[0]], 'text')}, and each must have {LEAST}, of which some"
                 " are held out; give more, or leave it out (None)"
             )
+        group, of = groups[texts], np.array([label[i] for i in texts.tolist()])
         rng, held_out = np.random.default_rng(seed), np.zeros(len(texts), bool)
         for name, n in counts.items():
-            mine = np.array([i for i, text in enumerate(texts.tolist()) if label[text] == name])
-            held_out[rng.permutation(mine)[: max(2, round(share * n))]] = True
-        return cls(label, tuple(names) if len(names) > 2 else tuple(names[1:]), texts, held_out)
+            want = max(2, round(share * n))
+            for one in rng.permutation(np.unique(group[of == name])):
+                if held_out[of == name].sum() < want:
+                    held_out |= group == one
+        for name, n in counts.items():
+            if not 2 <= int(held_out[of == name].sum()) <= n - 2:
+                raise ExamplesError(
+                    f"groups are so large that the label {name!r}, in {len(np.unique(group[of == name]))} of them, has"
+                    " too few texts to rank on, or to hold out; give smaller groups, or more of them"
+                )
+        return cls(label, tuple(names) if len(names) > 2 else tuple(names[1:]), texts, held_out, group)
 
     def chosen(self, which: Bools) -> Bools:
         """Whether some of the texts have each target's label, ``label text``."""
@@ -375,9 +394,9 @@ class _SwitchedOff(Analyzer):
         every = np.stack([by_set(some, self.asked.sizes) for some in by_label], 1)  # text label set size
         inside = self.concepts.chosen(held).T
         on = np.stack([inside, ~inside], -1)[:, :, None, None]
-        every = np.where(on, every[..., None], np.nan)
+        every = _by_group(np.where(on, every[..., None], np.nan), self.concepts.group[held])
         ranked, random = every[:, :, 0], every[:, :, 1:].mean(2)
-        sets = np.nanmean(every, 0).swapaxes(0, 1)  # set label size on
+        sets = np.nanmean(every, 0).swapaxes(0, 1)  # set label size on: each side has some
         p = rank_p(sets[0], sets[1:])
         found = {"effect": summarize(np.stack([ranked, random], 2), context.seed)}
         found["excess"] = replace(summarize(ranked - random, context.seed), p=p, q=fdr(p))
@@ -396,6 +415,16 @@ class _SwitchedOff(Analyzer):
             for target in self.concepts.targets[:SHOWN]
         ]  # fmt: skip
         return replace(self.first, data=data, views=(*self.first.views, *views))
+
+
+def _by_group(values: Floats, group: Numbers) -> Floats:
+    """Means of what is there over the texts of each group, ``text ...`` → ``group ...``."""
+    names, of = np.unique(group, return_inverse=True)
+    sums, counts = np.zeros((len(names), *values.shape[1:])), np.zeros((len(names), *values.shape[1:]))
+    there = np.isfinite(values)
+    np.add.at(sums, of, np.where(there, values, 0.0))
+    np.add.at(counts, of, there)
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _views(targets: Sequence[str], tops: int) -> tuple[View, ...]:
