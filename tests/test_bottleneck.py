@@ -216,6 +216,11 @@ def test_directions_are_differences_of_means(qwen: mi.Model) -> None:
     assert found.meta["texts"] == {"place": 4, "thing": 4}
     with pytest.raises(ExamplesError, match="the concept 'place' has 1 texts, and 4 are not its own"):
         mi.studies.concept_bottleneck(qwen, pairs, {"place": PLACES[:1], "thing": THINGS}, **options)
+    both = mi.Examples.of([*pairs.texts, PLACES[1], THINGS[0]], answers=[*pairs.answers, *pairs.answers[:2]])
+    with pytest.raises(
+        ExamplesError, match=r"2 of the 14 examples are among the texts .*, the first of them example 12"
+    ):
+        mi.studies.concept_bottleneck(qwen, both, concepts, others=["He had a"], **options)
     with pytest.raises(ExamplesError, match="'place' has 4 texts, and 0 are not its own"):
         mi.studies.concept_bottleneck(qwen, pairs, {"place": PLACES}, **options)
 

@@ -109,6 +109,13 @@ def probe_representations(
             (model, adapter, dtype, device), examples, [asked], out, title, seed, str(file), batch_size
         )  # fmt: skip
         if other is not None:
+            seen, there = set(loaded.tokenize(examples).ids), loaded.tokenize(other[0]).ids
+            if both := sum(ids in seen for ids in there):
+                typer.echo(
+                    f"\n{both} of the {len(there)} texts of {transfer} are among those that the probes were fitted on:"
+                    " how these are read says nothing of others",
+                    err=True,
+                )
             moved = mi.run(loaded, other[0], mi.ProbeTransfer(found, groups=other[1]), seed=seed)
             typer.echo(f"\n{transfer}: what the probes read there\n{moved.table().to_string(index=False)}")
             path = moved.save(out.with_name(f"{out.name}-transfer"))
