@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float
@@ -315,7 +316,7 @@ class ConceptAssociation(Analyzer):
         return Result(data, about, views)
 
 
-def _cosine(products: Array, along: Array, splits: Array) -> Array:
+def _cosine(products: Array, along: Array, splits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """Of a unit direction with the difference of means of two groups, ``split``.
 
     Args:
