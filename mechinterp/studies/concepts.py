@@ -98,10 +98,13 @@ def _told_apart(one: tuple[str, Result], two: tuple[str, Result]) -> str:
     (name, first), (other, second) = one, two
     found = summarize((first.data["clean"].values - second.data["clean"].values)[:, None])
     mean, low, high, p = (float(v[0]) for v in (found.mean, found.ci_low, found.ci_high, found.p))
+    if p < ALPHA:
+        verdict = ", so it tells them apart in what it says." if mean > 0 else ", the wrong way round."
+    else:
+        verdict = ": that it tells them apart is not shown."
     return (
         f"As the model is, the log-odds of these words are {mean:+.2f} nats higher on prompts that are {name} than on"
-        f" partners that are {other} ({low:+.2f} to {high:+.2f}, p {p:.2g})"
-        + (", so it tells them apart in what it says." if p < ALPHA else ": that it tells them apart is not shown.")
+        f" partners that are {other} ({low:+.2f} to {high:+.2f}, p {p:.2g}){verdict}"
     )
 
 
@@ -109,17 +112,18 @@ def _steered(result: Result, where: str) -> list[str]:
     """What the largest strength does, and what removing the line does, beside random directions."""
     data: Any = result.data
     top, gone = data.isel(strength=-1), data.sel(measure="effect")
-    more = "more than random directions do" if float(top["q"]) < ALPHA else "which random directions do, too"
-    ablated = "more than random lines do" if float(gone["ablation_p"]) < ALPHA else "which random lines do, too"
+    moved, ablated = (
+        "unlike" if p < ALPHA else "which is not unlike" for p in (float(top["q"]), float(gone["ablation_p"]))
+    )
     low, high = float(gone["ablation_ci_low"]), float(gone["ablation_ci_high"])
     return [
         f"On {data.sizes['example']} {where}, steering by {float(top['strength']):+.3g} moves the log-odds of its words"
-        f" by {float(top['mean']):+.2f} nats ({float(top['ci_low']):+.2f} to {float(top['ci_high']):+.2f}), {more} (on"
-        f" average {float(top['control'].mean()):+.2f}; q {float(top['q']):.2g}); the prompts' own text becomes"
-        f" {float(top['cost']):.2f} times less likely a token, and {float(top['control_cost']):.2f} times under random"
-        " ones.",
+        f" by {float(top['mean']):+.2f} nats ({float(top['ci_low']):+.2f} to {float(top['ci_high']):+.2f}), {moved}"
+        f" random directions (on average {float(top['control'].mean()):+.2f}; q {float(top['q']):.2g}); the prompts'"
+        f" own text becomes {float(top['cost']):.2f} times less likely a token, and {float(top['control_cost']):.2f}"
+        " times under random ones.",
         f"With the line removed there, they change by {float(gone['ablation']):+.2f} nats ({low:+.2f} to {high:+.2f}),"
-        f" {ablated} (p {float(gone['ablation_p']):.2g}), and perplexity by"
+        f" {ablated} random lines (p {float(gone['ablation_p']):.2g}), and perplexity by"
         f" {float(data['ablation'].sel(measure='cost')):.2f} times.",
     ]
 
