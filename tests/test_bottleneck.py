@@ -126,6 +126,29 @@ def test_concepts_that_only_correlate_do_not_change_the_decision(qwen: mi.Model)
     assert np.isnan(data["slope"][0]) or data["slope"][0] == 0
 
 
+def test_a_group_is_in_one_fold(qwen: mi.Model, texts: mi.Examples) -> None:
+    """Copies of an example say nothing new: what is predicted of it is from a fit without them."""
+    concepts = {f"c{i}": v for i, v in enumerate(torch.randn(16, 32, generator=torch.Generator().manual_seed(3)))}
+    some = {"answers": [(7, 9)] * 20, "spans": {"last": list(texts.spans["last"][:20])}}
+    once = mi.Examples.of(texts.texts[:20], **some)
+    copies = mi.Examples.of(texts.texts[:20] * 3, answers=[(7, 9)] * 60, spans={"last": some["spans"]["last"] * 3})
+    asked = mi.ConceptBottleneck(concepts, "resid_post.0", draws=3)
+    found = mi.run(qwen, copies, asked).data
+    np.testing.assert_allclose(found["prediction"][:20], found["prediction"][20:40], atol=1e-6)  # of one fold
+    best = float(mi.run(qwen, once, asked).data["r2"][0])
+    assert float(found["r2"].sel(input="concepts")) < 0.9 and float(found["r2"].sel(input="full")) < 0.9, best
+    shuffled = mi.ConceptBottleneck(concepts, "resid_post.0", draws=3, groups=tuple(range(20)) * 3)
+    np.testing.assert_allclose(mi.run(qwen, copies, shuffled).data["prediction"], found["prediction"], atol=1e-6)
+    pairs = mi.ConceptBottleneck(concepts, "resid_post.0", draws=3, groups=tuple(i // 2 for i in range(60)))
+    data = mi.run(qwen, texts, pairs).data
+    wide, narrow = (
+        float(one["effect_ci_high"][0] - one["effect_ci_low"][0]) for one in (found, mi.run(qwen, once, asked).data)
+    )
+    assert wide == pytest.approx(narrow, rel=1e-4) and data.sizes["example"] == 60
+    with pytest.raises(ExamplesError, match="5 folds take 10 groups of examples or more, and there are 4"):
+        mi.run(qwen, texts, mi.ConceptBottleneck(concepts, "resid_post.0", groups=tuple(i % 4 for i in range(60))))
+
+
 def test_the_contract() -> None:
     small = tiny("qwen3", layers=2)
     asked = mi.ConceptBottleneck(directions(small), "resid_post.0", draws=3, folds=2)
@@ -166,9 +189,10 @@ def test_bad_input(qwen: mi.Model, texts: mi.Examples) -> None:
             mi.run(qwen, texts, mi.ConceptBottleneck(**{"concepts": good, "site": "resid_post.1"} | change))
     with pytest.raises(ExamplesError, match="5 folds take 10 examples or more, and there are 3"):
         mi.run(qwen, mi.tasks.ioi(3), mi.ConceptBottleneck(good, "resid_post.1"))
-    same = mi.Examples.of([[5, 6, 7]] * 12, answers=[(7, 9)] * 12)
-    with pytest.raises(ExamplesError, match="is the same in all examples"):
-        mi.run(qwen, same, mi.ConceptBottleneck(good, "resid_post.1"))
+    same = mi.Examples.of([[5, i, 7] for i in range(6, 18)], answers=[(7, 9)] * 12)
+    first = mi.LinearProbe(mi.Site("resid_post", 2), ("a",), torch.ones(1, 32), torch.zeros(1)).metric(positions=0)
+    with pytest.raises(ExamplesError, match="the probe score is the same in all examples"):
+        mi.run(qwen, same, mi.ConceptBottleneck(good, "resid_post.1", metric=first))
 
 
 # Concepts given as texts, and the command
@@ -192,6 +216,11 @@ def test_directions_are_differences_of_means(qwen: mi.Model) -> None:
     assert found.meta["texts"] == {"place": 4, "thing": 4}
     with pytest.raises(ExamplesError, match="the concept 'place' has 1 texts, and 4 are not its own"):
         mi.studies.concept_bottleneck(qwen, pairs, {"place": PLACES[:1], "thing": THINGS}, **options)
+    both = mi.Examples.of([*pairs.texts, PLACES[1], THINGS[0]], answers=[*pairs.answers, *pairs.answers[:2]])
+    with pytest.raises(
+        ExamplesError, match=r"2 of the 14 examples are among the texts .*, the first of them example 12"
+    ):
+        mi.studies.concept_bottleneck(qwen, both, concepts, others=["He had a"], **options)
     with pytest.raises(ExamplesError, match="'place' has 4 texts, and 0 are not its own"):
         mi.studies.concept_bottleneck(qwen, pairs, {"place": PLACES}, **options)
 

@@ -53,6 +53,15 @@ def test_find_concept_neurons(tiny_folder: Path, labelled: Path, tmp_path: Path)
     effect = float(data["effect"].sel(label="Mary", order="ranked", size=4, on="label"))
     assert f"The first 4 of them switched off change the loss by {effect:+.3f}" in told
     assert (out / "report.html").exists() and (out / "tables" / "concept-neurons-auroc.csv").exists()
+    rows = [json.loads(line) for line in labelled.read_text().splitlines()]
+    labelled.write_text("".join(json.dumps({**row, "noun": row["text"].split()[-1]}) + "\n" for row in rows))
+    some = (*command[:-1], tmp_path / "draws", "--sizes", "2", "--draws", 3)
+    said(invoke(*some))
+    data = mi.Result.load(tmp_path / "draws" / "results" / "concept-neurons").data
+    assert float(data["excess_p"].min()) >= 0.25
+    # Two nouns that the tokenizer does not know make equal texts.
+    assert "the groups leak" in error(invoke(*some, "--group-field", "noun"))
+    assert "no field 'verb'" in error(invoke(*some, "--group-field", "verb"))
 
 
 def test_bad_input(tiny_folder: Path, labelled: Path, tmp_path: Path) -> None:

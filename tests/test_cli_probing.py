@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import mechinterp as mi
@@ -64,6 +65,8 @@ def test_probe_representations(folder: Path, texts: Path, tmp_path: Path) -> Non
         "best at embed, accuracy 1.000" in " ".join(done.stdout.split()) and "what the probes read there" in done.stdout
     )
     assert (tmp_path / "out" / "report.html").is_file()
+    # Which texts were fitted on is said: the second file is the first one, so this reads what it knows.
+    assert "60 of the 60 texts of" in done.stderr and "among those that the probes were fitted on" in done.stderr
     kept = mi.Result.load(tmp_path / "out" / "results" / "probe")
     assert kept.meta["groups"] == 10 and "mdl" in kept.data and "warning: the probes" not in done.output
     assert float(mi.Result.load(tmp_path / "out-transfer").data["accuracy"].max()) == 1.0
@@ -129,7 +132,8 @@ def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> 
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     said = " ".join(done.stdout.split())
-    assert "texts: on 12 texts of templates set apart, good is told" in said and "no words to steer towards" in said
+    assert "texts, towards good (of bad, good): on" in said and "groups set apart, good is told" in said
+    assert "no words to steer towards" in said
     direction = out / "direction.safetensors"
     assert mi.LinearProbe.load(direction).classes == ("bad", "good")
     done = invoke(
@@ -140,6 +144,11 @@ def test_probe_concepts_and_steer(folder: Path, texts: Path, tmp_path: Path) -> 
     assert "good +3:" in done.stdout and (tmp_path / "steer" / "report.html").is_file()
     wrong = invoke("probe-concepts", folder, "--file", texts, "--concept", "harm", "--out", tmp_path / "x")
     assert wrong.exit_code == 2
+    wrong = invoke("probe-concepts", tmp_path / "no-model", "--concept", "safety", "--target", "harmful")  # nothing ran
+    assert wrong.exit_code == 1
+    assert "truthfulness has no class 'harmful' to steer towards; its classes are true, false" in " ".join(
+        wrong.output.split()
+    )
     wrong = invoke("probe-concepts", folder, "--concept", "weather", "--out", tmp_path / "x")
     assert wrong.exit_code == 1 and "there is no concept 'weather'" in " ".join(wrong.output.split())
 
@@ -176,16 +185,88 @@ def test_a_concept_from_texts_to_steering(tmp_path: Path) -> None:
     concept = Concept(
         "names", ("good", "bad"), examples, tuple(r["group"] for r in made), targets, ("park school", "ring book drink")
     )
-    study = mi.studies.concept_study(model, concept, positions="end", max_new_tokens=3)
+    study = mi.studies.concept_study(model, concept, positions="end", max_new_tokens=3, draws=3)
     assert set(study.results) == {"directions", "probe", "steering", "text"} and study.target == "good"
     data: Any = study.results["directions"].data
     assert float(data["test_auroc"].sel({"site": "resid_pre.0", "class": "good"})) == 1.0
+    assert study.probe.taken == {"positions": "end", "pool": "mean", "each": None}
     distance = float((study.probe.weight[1] - study.probe.weight[0]).norm())
     np.testing.assert_allclose(
         study.results["steering"].data["strength"], np.array([-2, -1, 1, 2]) * distance, rtol=1e-5
     )
-    assert len(study.summary()) == 3 and "Steering by" in study.summary()[1]
+    assert len(study.summary()) == 3 and "steering by" in study.summary()[1] and "(of good, bad)" in study.summary()[0]
     page = study.write(tmp_path / "study")
     assert page.is_file()
     kept = mi.LinearProbe.load(tmp_path / "study" / "direction.safetensors")
     assert kept.site == study.probe.site and kept.classes == ("bad", "good")
+
+
+@pytest.mark.parametrize("method", ["logistic", "pca"])
+def test_strengths_are_in_activation_units_whatever_the_method(method: str) -> None:
+    """Of the gap between the classes' means along the direction, where a weight may be of any length."""
+    model, made = mi.testing.tiny("llama"), rows()
+    examples = mi.Examples.of([r["text"] for r in made], labels=[r["label"] for r in made])
+    concept = Concept(
+        "names", ("good", "bad"), examples, tuple(r["group"] for r in made), {"good": (" Mary",), "bad": (" store",)},
+        ("park school", "ring book drink"),
+    )  # fmt: skip
+    study = mi.studies.concept_study(
+        model, concept, method=method, sites="resid_post.1", positions="end", max_new_tokens=2, draws=1
+    )
+    steps = study.results["steering"].data["strength"].values
+    np.testing.assert_allclose(steps, np.array([-2, -1, 1, 2]) * steps[2])
+    gap = study.results["directions"].data["gap"].sel({"site": "resid_post.1", "class": "good"})
+    assert steps[2] == pytest.approx(float(gap)) and gap > 0  # which test_concept_directions measures by hand
+    site = mi.sites.resid_post(1, positions="end")
+    x = model.trace(examples, site)[site]
+    length = float(torch.diff(study.probe.weight, dim=0).norm())
+    assert float(gap) < float(torch.cdist(x, x).max())  # no two texts are further apart
+    assert abs(float(gap) / length - 1) > 0.2  # a weight's length is another number
+
+
+def test_a_concept_on_prompts_that_hold_it() -> None:
+    """The model says a name after a name: prompts that hold the class differ, and so does removing its line there."""
+    model, made = mi.testing.tiny("llama"), rows()
+    examples = mi.Examples.of([r["text"] for r in made], labels=[r["label"] for r in made])
+    held = {
+        "bad": tuple(f"{word} drink {BAD[i % 2]}" for i, word in enumerate(FILLER)),
+        "good": tuple(f"{word} drink {GOOD[i % 2]}" for i, word in enumerate(FILLER)),
+    }
+    concept = Concept(
+        "names", ("good", "bad"), examples, tuple(r["group"] for r in made), {"good": (" Mary",), "bad": (" store",)},
+        ("park school", "ring book drink"), held,
+    )  # fmt: skip
+    study = mi.studies.concept_study(model, concept, sites="embed", positions="end", max_new_tokens=2, draws=4)
+    assert {"steering: good", "steering: bad"} < set(study.results)
+    good, bad = (study.results[f"steering: {name}"].data for name in ("good", "bad"))
+    assert good.sizes["example"] == bad.sizes["example"] == 6
+    answers = [([" Mary"], [" store"])] * 6
+    for data, name in ((good, "good"), (bad, "bad")):
+        given = mi.Examples.of(held[name], answers=answers)
+        swept = mi.sweep(model, given, [study.probe.ablate()], mi.log_odds()).data
+        change = (swept["value"] - swept["base"]).values
+        assert float(data["ablation"].sel(measure="effect")) == pytest.approx(change.mean(), abs=1e-4)
+        np.testing.assert_allclose(data["clean"], swept["base"], atol=1e-5)
+    said = study.summary()
+    assert any(
+        "partners that are bad" in line and f"{float((good['clean'] - bad['clean']).mean()):+.2f}" in line
+        for line in said
+    )
+    assert sum("With the line removed there" in one for one in said) == 3
+
+
+def test_professions_and_the_direction_of_gender(tmp_path: Path) -> None:
+    """From the command line: kinds of professions against the direction, labels shuffled over professions."""
+    concept, folder, out = mi.tasks.concepts("gender"), tmp_path / "model", tmp_path / "out"
+    assert concept.association is not None
+    said = " ".join(map(str, (*concept.examples.texts, *concept.association.prompts.texts))).split()
+    model = mi.testing.tiny("llama", layers=1, words=said)
+    model.hf.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    done = invoke("probe-concepts", folder, "--concept", "gender", "--site", "embed", "--draws", 1, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "Of 24 professions, labelled with what readers expect" in " ".join(done.stdout.split())
+    kept = mi.Result.load(out / "results" / "concept-association").data
+    assert kept["group"].values.tolist() == ["female", "male", "neither"] and kept["members"].values.tolist() == [8] * 3
+    assert kept.sizes["member"] == 24 and set(kept["member"].values) >= {"nurse", "plumber", "student"}
+    assert bool(kept["cosine"].notnull().all()) and float(kept["p"].min()) >= 1e-4

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import mechinterp as mi
@@ -34,7 +35,7 @@ def acts(llama: mi.Model) -> list[np.ndarray]:
 
 
 def held_out(labels: Any, seed: int = 0) -> list[int]:
-    found = _Concepts.of(labels, np.arange(len(labels)), 0.3, seed)
+    found = _Concepts.of(labels, np.arange(len(labels)), 0.3, seed, np.arange(len(labels)))
     return found.texts[found.held_out].tolist()
 
 
@@ -163,6 +164,8 @@ def test_a_planted_neuron_comes_first() -> None:
     assert float(one["effect"].sel(order="ranked", on="label")) < -3
     assert abs(float(one["effect"].sel(order="ranked", on="rest"))) < 0.5
     assert float(one["excess_ci_high"].sel(on="label")) < -3
+    assert float(one["excess_p"].sel(on="label")) <= 2 / 40  # the first of 40 sets; one of them may have the neuron
+    assert float(data["excess_p"].min()) >= 1 / 40
 
 
 def test_the_best_of_many_is_nothing_on_held_out_texts() -> None:
@@ -173,7 +176,7 @@ def test_the_best_of_many_is_nothing_on_held_out_texts() -> None:
         owner = np.arange(40)
         values = rng.normal(size=(2, 40, 1000)).astype(np.float32)
         units = _Units(values, owner, np.stack([owner, owner + 1], 1), (0, 1))
-        concepts = _Concepts.of(rng.permutation([0, 1] * 20).tolist(), owner, 0.3, seed)
+        concepts = _Concepts.of(rng.permutation([0, 1] * 20).tolist(), owner, 0.3, seed, owner)
         data, orders = _ranked(concepts, units)
         found = _best(concepts, units, orders[:, :4], 1, lambda _: ["x"] * 50)
         best.append(np.abs(data["auroc"].values - 0.5).max())
@@ -186,12 +189,48 @@ def test_the_best_of_many_is_nothing_on_held_out_texts() -> None:
 
 def test_random_neurons_are_of_the_same_layers() -> None:
     chosen, rng = np.array([3, 7, 12, 13, 14, 15, 18]), np.random.default_rng(0)  # of layers of ten
-    for _ in range(20):
+    counts = np.zeros(20, int)
+    for _ in range(2000):
         drawn = alike(chosen, 10, rng)
         assert len(set(drawn.tolist())) == 7
         assert np.bincount(drawn // 10).tolist() == [2, 5]
-        assert not set(drawn[:2].tolist()) & {3, 7} and len(set(drawn.tolist()) & set(chosen.tolist())) == 0
-    assert sorted(alike(np.arange(8), 10, rng)[:2].tolist()) == [8, 9]  # the others first, then these
+        counts[drawn] += 1
+    np.testing.assert_allclose(counts / 2000, [0.2] * 10 + [0.5] * 10, atol=0.05)  # chosen ones as often as others
+
+
+def test_the_p_of_neurons_that_mean_nothing_is_uniform() -> None:
+    """Labels at random: the neurons that go with them are as good as others, though all texts move the same way."""
+    model, found = tiny("llama", layers=2), []
+    for seed in range(40):
+        labels = np.random.default_rng(seed).permutation(LABELS).tolist()
+        asked = mi.ConceptNeurons((1,), sizes=(4,), top=1, draws=19, seed=seed)
+        found.append(float(mi.run(model, examples(labels), asked).data["excess_p"].sel(on="label", size=4)[0]))
+    jitter = np.random.default_rng(0).random(40) / 20  # p is a multiple of 1/20
+    assert stats.kstest(np.array(found) - jitter, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_no_group_is_on_both_sides(llama: mi.Model, given: bool) -> None:
+    """Equal texts are one group. Five copies weigh as much as one, in what switching neurons off does."""
+    texts = [TEXTS[i // 3] for i in range(72)] if not given else [[*TEXTS[i % 24], 7 + i // 24] for i in range(72)]
+    group = [i // 3 if not given else i % 24 for i in range(72)]
+    labels = [LABELS[g] for g in group]
+    numbers = np.array(group)
+    for seed in range(8):
+        found = _Concepts.of(labels, np.arange(72), 0.3, seed, numbers)
+        assert not set(numbers[found.held_out]) & set(numbers[~found.held_out])
+        held = [labels[i] for i in np.flatnonzero(found.held_out)]
+        assert (held.count("a"), held.count("b")) == (9, 15)  # of 24 and 48: as near to 30% as threes come
+    some = mi.Examples.of(texts, labels, [(5, 9)] * 72)
+    asked = mi.ConceptNeurons((1,), sizes=(2,), draws=2, groups=tuple(group) if given else None)
+    data = mi.run(llama, some, asked).data.sel(label="b")
+    assert (int(data["held_out"]), int(data["texts"])) == (15, 48)
+    if not given:  # copies of a text are the text: the same neurons, and as wide an interval
+        asked = mi.ConceptNeurons((1,), sizes=(2,), draws=2, held_out=0.25)  # 2 of 8 and 4 of 16, or three times that
+        data, once = (mi.run(llama, one, asked).data.sel(label="b") for one in (some, examples()))
+        np.testing.assert_array_equal(data["rank"], once["rank"])
+        for name in ("effect", "effect_ci_low", "effect_ci_high"):
+            np.testing.assert_allclose(data[name], once[name], atol=1e-5)
 
 
 def test_without_answers_the_loss_is_measured(llama: mi.Model) -> None:
@@ -216,6 +255,7 @@ def test_bad_input(llama: mi.Model) -> None:
     said(["a"] * 24, ExamplesError, "two labels or more can be told apart, and all are 'a'")
     said([None] * 24, ExamplesError, "and all 24 are None")
     said(["a"] * 20 + ["b"] * 4, ExamplesError, "'b' has 4 texts, and each must have 6")
+    said(LABELS, ExamplesError, "groups are so large that the label 'a', in 1 of them", groups=(0,) * 24)
     said(LABELS, SiteError, "mlp_act.3@end does not exist: the model has layers 0 to 2", layers=(3,), sizes=())
     said(LABELS, NeedsError, "49 neurons cannot be switched off: there are 48", layers=(1,), sizes=(49,))
     said(LABELS, ExamplesError, "define no position 'S'", positions="S")

@@ -39,7 +39,16 @@ def test_laws_of_every_concept(name: str) -> None:
     assert not any("{" in str(text) or "  " in str(text) for text in texts)
     assert len(set(concept.prompts)) == len(concept.prompts) >= 4
     said = {word for targets in concept.targets.values() for word in targets}
-    assert not said & {f" {word}" for prompt in concept.prompts for word in prompt.split()}
+    held = [prompt for some in concept.prompts_of.values() for prompt in some]
+    assert not said & {f" {word}" for prompt in (*concept.prompts, *held) for word in prompt.split()}
+    assert set(concept.targets) == set(concept.classes) and all(concept.targets.values())
+    # Prompts that hold a class are pairs, none of them among the texts.
+    assert set(concept.prompts_of) in (set(), set(concept.classes))
+    assert len({len(some) for some in concept.prompts_of.values()}) <= 1 and len(set(held)) == len(held)
+    bodies = {" ".join(words(text)) for text in texts}
+    assert not any(body in " ".join(words(prompt)) for prompt in held for body in bodies)
+    for pair in zip(*concept.prompts_of.values(), strict=True):
+        assert len(set(words(pair[0])) & set(words(pair[1]))) >= len(set(words(pair[0]))) / 2
 
 
 @pytest.mark.parametrize("name", CONCEPTS)

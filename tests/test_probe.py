@@ -311,6 +311,71 @@ def test_a_linear_probe(tmp_path: Path) -> None:
         mi.LinearProbe.load(tmp_path / "not")
 
 
+def test_a_direction_is_what_the_score_grows_along() -> None:
+    """Of two classes and of more, with rows that do not add up to zero: the gradient of the metric, at length 1."""
+    g = torch.Generator().manual_seed(0)
+    for k in (1, 2, 4):
+        weight = torch.randn(k, 6, generator=g) + torch.randn(6, generator=g)
+        probe = mi.LinearProbe(mi.Site("resid_post", 1), tuple("abcd"[:k]), weight, torch.zeros(k))
+        for name in probe.classes:
+            x = torch.randn(3, 6, generator=g, requires_grad=True)
+            metric = probe.metric(name)
+            batch = mi.Examples.of([[1]] * 3).tokenize(None).batch((0, 1, 2))
+            metric.score(x, batch, None, None).sum().backward()
+            assert x.grad is not None
+            along = x.grad[0] / x.grad[0].norm()
+            torch.testing.assert_close(probe.direction(name), along, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["z.1", "z.1.h2", "v.0"])
+def test_probes_of_heads(name: str, tmp_path: Path) -> None:
+    """At all heads, or at one: what a probe reads it also writes, and what it removes it no longer reads."""
+    model = tiny("qwen3")
+    given = mi.Examples.of(sentences(24)[0], labels=["no", "yes"] * 12)
+    probe = mi.LinearProbe.of(mi.run(model, given, Probe(name, folds=3)))
+    probe = mi.LinearProbe.load(probe.save(tmp_path / "probe"))
+    probe.check(model)
+    site = mi.Site.parse(name)
+    assert probe.site == site and probe.weight.shape == (2, model.dims.width(site))
+    before = model.trace(given.texts[:4], site)[site]
+    along = probe.direction()
+
+    def read() -> torch.Tensor:
+        x = model.trace(given.texts[:4], site)[site]
+        return (x.flatten(2) if x.ndim > 3 else x) @ along - (before.flatten(2) if x.ndim > 3 else before) @ along
+
+    with model.intervene(probe.steer("yes", 3.0)):
+        torch.testing.assert_close(read(), torch.full_like(read(), 3.0), atol=1e-4, rtol=0.0)
+    with model.intervene(probe.ablate()):
+        x = model.trace(given.texts[:4], site)[site]
+        flat = x.flatten(2) if x.ndim > 3 else x
+        torch.testing.assert_close(flat @ along, torch.zeros_like(flat[..., 0]), atol=1e-4, rtol=0.0)
+    scores = probe.scores(before)
+    assert scores.shape == (*before.shape[:2], 2)
+    answers = mi.Examples.of(sentences(6)[0], answers=[(" Mary", " John")] * 6)
+    asked = mi.Steering(probe, strengths=(2.0,), draws=2), mi.ActivationPatching("embed", metric=probe.metric())
+    packed, full = (mi.run(model, answers, asked[0], engine=engine).data for engine in ("packed", "full"))
+    np.testing.assert_allclose(packed["effect"], full["effect"], atol=1e-4)
+    pairs = mi.Examples.pairs(["Then he saw Mary"], ["Then he saw John"])
+    mi.run(model, pairs, asked[1])
+    with pytest.raises(NeedsError, match=f"{name} has {probe.weight.shape[1]} dimensions and tiny-llama has"):
+        probe.check(tiny("llama", head_dim=4))
+
+
+def test_a_probe_knows_what_it_was_fitted_on(tmp_path: Path) -> None:
+    model = tiny("llama")
+    given = mi.Examples.of(sentences(24)[0], labels=["no", "yes"] * 12)
+    for options, said in (({"positions": "all"}, "the mean of its texts"), ({"each": "token"}, "each token")):
+        probe = mi.LinearProbe.of(mi.run(model, given, Probe("embed", folds=3, **options)))
+        probe = mi.LinearProbe.load(probe.save(tmp_path / "probe"))
+        assert probe.taken == {"positions": "end", "pool": "mean", "each": None} | options
+        with pytest.raises(NeedsError, match=f"fitted on {said}, and a metric is of one token"):
+            probe.metric()
+        assert probe.metric(positions="end").positions == "end"
+    probe = mi.LinearProbe.of(mi.run(model, given, Probe("embed", folds=3, positions=1)))
+    assert probe.metric().positions == 1 and mi.LinearProbe.load(probe.save(tmp_path / "probe")).metric().positions == 1
+
+
 @pytest.mark.parametrize("position", ["end", 2])
 def test_a_probe_is_a_metric(position: Any) -> None:
     """At its site: packed equals full, the gradient is the direction, and a patch of the site itself is exact."""

@@ -9,7 +9,7 @@ from scipy import stats
 
 import mechinterp as mi
 from mechinterp.core import statistics
-from mechinterp.core.statistics import compare_groups, largest_p, summarize
+from mechinterp.core.statistics import compare_groups, largest_p, rank_p, summarize
 
 RUNS = 200
 
@@ -214,3 +214,14 @@ def test_the_largest_of_many_against_scipy() -> None:
     assert got[0] == pytest.approx(np.mean(drawn >= largest((0, 1, 2, 3, 4)) * (1 - 1e-9)))
     assert got[1] == 1
     assert np.isnan(largest_p(one[:1], two)).all()
+
+
+def test_a_rank_among_random_draws() -> None:
+    """One of n + 1 alike has every rank as often; what is alone stands at 1 / (n + 1); a hole is NaN."""
+    rng = np.random.default_rng(0)
+    draws = rng.exponential(size=(20, 4000)) ** 2  # skewed: the mean is far from the median
+    p = rank_p(draws[0], draws[1:])
+    assert set(np.round(20 * p).astype(int).tolist()) <= set(range(1, 21))
+    assert stats.kstest(p - rng.random(4000) / 20, "uniform").pvalue > 0.01
+    np.testing.assert_allclose(rank_p([9.0, -9.0, 0.0], np.zeros((99, 3))), [0.01, 0.01, 1])
+    np.testing.assert_allclose(rank_p([1.0, 9.0], [[np.nan, 0.0], [2.0, 0.0]]), [np.nan, 1 / 3])

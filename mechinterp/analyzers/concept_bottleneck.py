@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechinterp.analyzers import units
+from mechinterp.analyzers.probe_data import groups_of
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Sweep
 from mechinterp.core.interventions import Add
 from mechinterp.core.metrics import Metric, logit_diff
@@ -20,6 +21,7 @@ from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Position, Site
 
 Array = npt.NDArray[np.floating]
+Numbers = npt.NDArray[np.integer]
 
 ALPHAS = tuple(10.0**e for e in range(-6, 5))
 """Strengths of the ridge penalty, of which each fit takes the one that predicts left-out examples best."""
@@ -42,13 +44,14 @@ class ConceptBottleneck(Analyzer):
     metric, such as the logit difference) is fitted as b + Σ_c w_c s_c by ridge regression, and every number below is
     of predictions for examples that were left out of the fit (cross-validation). It stands between three others:
     ``random`` directions, as many (a bottleneck that does no better says nothing of its concepts); ``full``, the
-    whole activation, which is the most that a linear fit gets; and ``majority``, the mean. This is a concept
-    bottleneck (Koh et al. 2020) fitted beside a model that does not have one, so it may predict the decision from what
-    merely goes along with it. Hence the test: the score of one concept is set to its mean, x + (mean s_c - s_c) v_c,
-    and the change of the decision compared with what the bottleneck predicts of it, Σ_i w_i (v_i · v_c) (mean s_c -
-    s_c), since other concepts' scores move, too, where their vectors are not orthogonal. A ``slope`` (of real on
-    predicted changes) and a ``correlation`` near 1 say that the model goes by the concept as the bottleneck does;
-    near 0, that it only correlates.
+    whole activation, fitted in the same way (with fewer examples than dimensions it may well predict worse than a few
+    directions do: it is what this fit finds in all of them, and no bound); and ``majority``, the mean. This is a
+    concept bottleneck (Koh et al. 2020) fitted beside a model that does not have one, so it may predict the decision
+    from what merely goes along with it. Hence the test: the score of one concept is set to its mean, x + (mean s_c -
+    s_c) v_c, and the change of the decision compared with what the bottleneck predicts of it, Σ_i w_i (v_i · v_c)
+    (mean s_c - s_c), since other concepts' scores move, too, where their vectors are not orthogonal. A ``slope`` (of
+    real on predicted changes) and a ``correlation`` near 1 say that the model goes by the concept as the bottleneck
+    does; near 0, that it only correlates.
 
     Result: ``r2`` and ``accuracy`` (the share of examples where prediction and decision have the same sign), with
     ``…_ci_low, …_ci_high``, and ``p`` of the concepts' R² among random ones' (``input``; of ``random`` the mean and the
@@ -56,7 +59,8 @@ class ConceptBottleneck(Analyzer):
     ``predicted``, means over examples of the real and the predicted change, ``slope`` and ``correlation`` of the two
     over examples, with intervals, ``effect_p, effect_q`` (``concept``); ``slope_all, correlation_all`` of all concepts
     together; ``score, change, predicted_change`` (``example concept``), ``decision, prediction`` (``example``).
-    Intervals are bootstrapped over examples (95%); those of R² and accuracy take the fits as given.
+    Intervals are bootstrapped over groups (95%), of which each example is one unless `groups` are given; those of R²
+    and accuracy take the fits as given.
 
     Attributes:
         concepts: name → a vector ``dim`` at the site, of any length; fit them on other texts than these.
@@ -65,6 +69,8 @@ class ConceptBottleneck(Analyzer):
         metric: the decision.
         folds: of the cross-validation.
         draws: sets of random directions.
+        groups: one for each example; those of one group are in one fold. By default each example is its own, and equal
+            ones are one group.
     Raises:
         NeedsError: no concepts, a vector that is zero or of another width, or a site of several layers or heads.
         ExamplesError: fewer than two examples a fold, or equal decisions.
@@ -77,6 +83,7 @@ class ConceptBottleneck(Analyzer):
     metric: Metric = field(default_factory=logit_diff)
     folds: int = 5
     draws: int = 99
+    groups: tuple[Any, ...] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not self.concepts or self.folds < 2 or self.draws < 1:
@@ -111,10 +118,12 @@ class ConceptBottleneck(Analyzer):
         vectors = np.stack([v.detach().double().cpu().numpy() for v in self.concepts.values()])
         if vectors.shape[1] != x.shape[1]:
             raise NeedsError(f"the concepts have width {vectors.shape[1]}, and {self.site} has {x.shape[1]}")
-        if len(x) < 2 * self.folds:
-            raise ExamplesError(f"{self.folds} folds take {2 * self.folds} examples or more, and there are {len(x)}")
+        group = np.unique(groups_of(context.tokens, self.groups), return_inverse=True)[1]
+        if (n := int(group.max()) + 1) < 2 * self.folds:
+            kind = "examples" if n == len(x) else "groups of examples"
+            raise ExamplesError(f"{self.folds} folds take {2 * self.folds} {kind} or more, and there are {n}")
         unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return _Changing(self, self._at(context.model), x, unit, self.positions in context.tokens.spans)
+        return _Changing(self, self._at(context.model), x, unit, self.positions in context.tokens.spans, group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +134,7 @@ class _Changing(Analyzer):
         x: activations, ``example dim``.
         directions: of length 1, ``concept dim``.
         span: whether it is several tokens that are changed.
+        group: of each example, numbered from 0.
     """
 
     asked: ConceptBottleneck
@@ -132,6 +142,7 @@ class _Changing(Analyzer):
     x: Array
     directions: Array
     span: bool
+    group: Numbers
 
     @property
     def scores(self) -> Array:
@@ -155,16 +166,16 @@ class _Changing(Analyzer):
         if not np.isfinite(decision).all() or np.ptp(decision) == 0:
             raise ExamplesError(f"the {asked.metric.label} is the same in all examples, or not a number; give others")
         change = data["changed"].transpose("example", "concept").values.astype(float) - decision[:, None]
-        prediction, weights = _left_out(scores, decision, asked.folds, seed)
+        prediction, weights = _left_out(scores, decision, asked.folds, seed, self.group)
         overlap = self.directions @ self.directions.T
         predicted = (scores.mean(0) - scores) * (weights @ overlap)
         names = list(asked.concepts)
         at = ("example", "concept")
         found: dict[str, Any] = {
             **{name: ("input", value) for name, value in self._inputs(decision, prediction, seed).items()},
-            **{name: ("concept", value) for name, value in _weights(scores, decision, seed).items()},
-            **{name: ("concept", value) for name, value in _effects(change, predicted, seed).items()},
-            **{name: value[0] for name, value in _agreement(change, predicted, seed, "_all").items()},
+            **{name: ("concept", value) for name, value in _weights(scores, decision, self.group, seed).items()},
+            **{name: ("concept", value) for name, value in _effects(change, predicted, self.group, seed).items()},
+            **{name: value[0] for name, value in _agreement(change, predicted, self.group, seed, "_all").items()},
             "score": (at, scores),
             "change": (at, change),
             "predicted_change": (at, predicted),
@@ -184,16 +195,16 @@ class _Changing(Analyzer):
     def _inputs(self, decision: Array, prediction: Array, seed: int) -> dict[str, Array]:
         """How well each kind of input predicts, in the order of `INPUTS`."""
         folds = self.asked.folds
-        of_all, _ = _left_out(self.x, decision, folds, seed)
-        own, full = (_quality(decision, each, seed) for each in (prediction, of_all))
+        of_all, _ = _left_out(self.x, decision, folds, seed, self.group)
+        own, full = (_quality(decision, each, self.group, seed) for each in (prediction, of_all))
         some = np.random.default_rng(seed).standard_normal((self.asked.draws, *self.directions.shape))
         some /= np.linalg.norm(some, axis=-1, keepdims=True)
-        guesses, _ = _left_out(self.x @ some.swapaxes(-1, -2), decision, folds, seed)
+        guesses, _ = _left_out(self.x @ some.swapaxes(-1, -2), decision, folds, seed, self.group)
         lost = ((decision - guesses) ** 2).mean(-1) / decision.var()
         drawn = np.stack([1 - lost, ((guesses > 0) == (decision > 0)).mean(-1)], 1)
         low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
         majority = np.where((decision > 0).mean() > 0.5, 1.0, -1.0) * np.ones(len(decision))
-        most = _quality(decision, majority, seed)
+        most = _quality(decision, majority, self.group, seed)
         out: dict[str, Array] = {}
         for i, name in enumerate(("r2", "accuracy")):
             mean = drawn[:, i].mean()
@@ -205,29 +216,34 @@ class _Changing(Analyzer):
         return {**out, "p": np.array([p, np.nan, np.nan, np.nan])}
 
 
-def _quality(decision: Array, prediction: Array, seed: int) -> dict[str, float]:
+def _quality(decision: Array, prediction: Array, group: Numbers, seed: int) -> dict[str, float]:
     """R² and the share of equal signs, with intervals."""
-    lost, low, high = ratio((decision - prediction) ** 2, (decision - decision.mean()) ** 2, seed)
-    same = summarize((prediction > 0) == (decision > 0), seed)
-    return {
-        "r2": 1 - float(lost),
-        "r2_ci_low": 1 - float(high),
-        "r2_ci_high": 1 - float(low),
-        "accuracy": float(same.mean),
-        "accuracy_ci_low": float(same.ci_low),
-        "accuracy_ci_high": float(same.ci_high),
-    }
+    lost, total = (decision - prediction) ** 2, (decision - decision.mean()) ** 2
+    same = ((prediction > 0) == (decision > 0)).astype(float)
+    out: dict[str, float] = {}
+    for name, top, bottom in (("r2", lost, total), ("accuracy", same, np.ones_like(same))):
+        value, low, high = (float(v) for v in ratio(np.bincount(group, top), np.bincount(group, bottom), seed))
+        value, low, high = (1 - value, 1 - high, 1 - low) if name == "r2" else (value, low, high)
+        out |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return out
 
 
-def _left_out(x: Array, y: Array, folds: int, seed: int) -> tuple[Array, Array]:
+def _resampled(group: Numbers, seed: int) -> Array:
+    """How often each example is drawn when groups are, ``resample example``."""
+    n = int(group.max()) + 1
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)[:, group]
+
+
+def _left_out(x: Array, y: Array, folds: int, seed: int, group: Numbers) -> tuple[Array, Array]:
     """Predictions from the fit without an example's fold, ``*draw example``, and that fit's weights, ``... dim``.
 
     Args:
         x: ``*draw example dim``.
+        group: of each example, numbered from 0; folds are of whole groups.
     """
     prediction, weights = np.empty(x.shape[:-1]), np.empty(x.shape)
-    for test in np.array_split(np.random.default_rng(seed).permutation(len(y)), folds):
-        train = np.setdiff1d(np.arange(len(y)), test)
+    for held in np.array_split(np.random.default_rng(seed).permutation(int(group.max()) + 1), folds):
+        test, train = (np.flatnonzero(np.isin(group, held, invert=flip)) for flip in (False, True))
         fit = _ridge(x[..., train, :], y[train])
         weights[..., test, :] = fit.weights[..., None, :]
         prediction[..., test] = fit.offset[..., None] + np.einsum("...nd,...d->...n", x[..., test, :], fit.weights)
@@ -260,23 +276,24 @@ def _ridge(x: Array, y: Array) -> _Fit:
     return _Fit(weights, np.asarray(y.mean() - (mean * weights).sum(-1)), penalty)
 
 
-def _weights(scores: Array, y: Array, seed: int) -> dict[str, Array]:
+def _weights(scores: Array, y: Array, group: Numbers, seed: int) -> dict[str, Array]:
     """Weights of the fit on all examples, for one standard deviation of each score, with bootstrap intervals."""
     fit, spread = _ridge(scores, y), _spread(scores)
-    z = (scores - scores.mean(0)) / spread
-    n, k = z.shape
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
-    means, mean = counts @ z / n, counts @ y / n
-    covariance = np.tensordot(counts, z[:, :, None] * z[:, None], 1) - n * means[:, :, None] * means[:, None]
+    z, k = (scores - scores.mean(0)) / spread, scores.shape[1]
+    counts = _resampled(group, seed)
+    n = counts.sum(1)[:, None]
+    means, mean = counts @ z / n, counts @ y / n[:, 0]
+    covariance = np.tensordot(counts, z[:, :, None] * z[:, None], 1) - n[..., None] * means[:, :, None] * means[:, None]
     with_y = counts @ (z * y[:, None]) - n * means * mean[:, None]
     drawn = np.linalg.solve(covariance + fit.penalty * np.eye(k), with_y[:, :, None])[:, :, 0]
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     return {"weight": fit.weights * spread, "weight_ci_low": low, "weight_ci_high": high, "spread": scores.std(0)}
 
 
-def _effects(change: Array, predicted: Array, seed: int) -> dict[str, Any]:
+def _effects(change: Array, predicted: Array, group: Numbers, seed: int) -> dict[str, Any]:
     """Real and predicted changes, ``example concept`` each."""
-    real = summarize(change, seed)
+    sums = np.stack([np.bincount(group, column) for column in change.T], 1)
+    real = summarize(sums / np.bincount(group)[:, None], seed)
     return {
         "effect": real.mean,
         "effect_ci_low": real.ci_low,
@@ -284,21 +301,20 @@ def _effects(change: Array, predicted: Array, seed: int) -> dict[str, Any]:
         "effect_p": real.p,
         "effect_q": real.q,
         "predicted": np.asarray(predicted.mean(0)),
-        **_agreement(change, predicted, seed),
+        **_agreement(change, predicted, group, seed),
     }
 
 
-def _agreement(change: Array, predicted: Array, seed: int, together: str = "") -> dict[str, Array]:
+def _agreement(change: Array, predicted: Array, group: Numbers, seed: int, together: str = "") -> dict[str, Array]:
     """Slope of real on predicted changes, and their correlation, for each concept.
 
     Args:
         together: an ending of the names; then it is of all concepts together.
     """
-    n = len(change)
     moments = np.stack([np.ones_like(change), predicted, change, predicted**2, predicted * change, change**2])
     if together:
         moments = moments.sum(-1, keepdims=True)
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
+    counts = _resampled(group, seed)
 
     def fitted(sums: Array) -> tuple[Array, Array]:
         size, a, b, aa, ab, bb = sums

@@ -1,7 +1,7 @@
 """Which neurons tell texts of one label from the others, and what switching them off does."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -13,15 +13,16 @@ from torch import Tensor
 
 from mechinterp.analyzers.ablation import mean_at
 from mechinterp.analyzers.max_activating import marked, reader
-from mechinterp.analyzers.neuron_sets import RANDOM, alike, curves, switched_off
+from mechinterp.analyzers.neuron_sets import alike, by_set, switched_off
+from mechinterp.analyzers.probe_data import groups_of
 from mechinterp.analyzers.units import Pool, Units, features, part
 from mechinterp.core.analyzer import Analyzer, Batch, Context, Model, Needs, Sweep, Writes
 from mechinterp.core.display import count
-from mechinterp.core.interventions import Zero
+from mechinterp.core.interventions import Intervention, Zero
 from mechinterp.core.metrics import Metric, answer_logit, logit_diff, loss
 from mechinterp.core.ranking import auroc_interval, separate
 from mechinterp.core.result import Part, Result, View
-from mechinterp.core.statistics import fdr, summarize
+from mechinterp.core.statistics import fdr, rank_p, summarize
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.sites import Position, Site
 
@@ -64,8 +65,10 @@ class ConceptNeurons(Analyzer):
 
     Over ``label``, ``order`` (``"ranked"``, ``"random"``), ``size`` and ``on`` (held-out texts of the ``"label"``, and
     the ``"rest"``): ``effect``, the metric with the neurons overwritten less the metric as it is, with
-    ``effect_ci_low, effect_ci_high`` (95% bootstrap over texts), ``effect_p`` and ``effect_q``; random is the mean of 5
-    draws. ``excess``, likewise, is ranked less random, text by text. The metric is in ``meta["metric"]``.
+    ``effect_ci_low, effect_ci_high`` (95% bootstrap over texts), ``effect_p`` and ``effect_q``; random is the mean of
+    the draws. ``excess``, likewise, is ranked less random, text by text; its p is two-sided, from the rank of the
+    ranked set among the random ones (`rank_p`), and no smaller than 1 / (draws + 1), .025 unless more are asked for.
+    The metric is in ``meta["metric"]``.
 
     Memory: the activations of all units are kept in float32, 4 bytes for each of units × layers × neurons, a little
     more than twice; with ``each="token"`` give fewer layers.
@@ -75,19 +78,23 @@ class ConceptNeurons(Analyzer):
         positions, pool, each: which tokens of a text are looked at (`Units`): one token, a span, ``"all"`` but the
             first, or ``each="token"`` or a word category, for one unit of each. A unit has its text's label, and tests
             take texts, not units, for independent.
-        sizes: how many neurons are switched off together; none for no second round, which has six rows for each size
-            and label.
+        sizes: how many neurons are switched off together; none for no second round, which has 1 + `draws` rows for
+            each size and label, on held-out texts.
         ablation: what is put in their place: ``"zero"``, or ``"mean"``, their mean over all tokens of all texts but
             the first of each.
         metric: what is measured; by default the logit difference of the answers (or the answer's logit), and the loss
             where there are none.
         top, shown: neurons in the table of the best, and texts for each.
         held_out: share of the texts of each label that is held out.
+        draws: random sets of neurons for each size.
         seed: of which texts are held out, and of the random neurons.
+        groups: one for each text; those of one group are all held out, or none, and effects are of groups. By default
+            each text is its own, and equal texts are one.
     Raises:
         NeedsError: an option that cannot be, or a classifier without answers, which has no loss. ExamplesError: no
-            labels, one label only, or fewer than six texts of one (rows whose label is None are left out, and counted
-            in ``meta["unlabelled"]``). SiteError: fused experts, which have no neurons to hook, or no such layer.
+            labels, one label only, fewer than six texts of one, or groups too large to be held out (rows whose
+            label is None are left out, and counted in ``meta["unlabelled"]``). SiteError: fused experts, which have no
+            neurons to hook, or no such layer.
     """
 
     layers: tuple[int, ...] | None = None
@@ -100,15 +107,21 @@ class ConceptNeurons(Analyzer):
     top: int = 20
     shown: int = 5
     held_out: float = 0.3
+    draws: int = 39
     seed: int = 0
+    groups: tuple[Any, ...] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if self.ablation not in ("zero", "mean"):
             raise NeedsError(f"The ablation of ConceptNeurons must be 'zero' or 'mean'. Got {self.ablation!r}")
-        if min(self.top, self.shown, *self.sizes) < 1 or not 0.1 <= self.held_out <= 0.6 or self.layers == ():
+        if (
+            min(self.top, self.shown, self.draws, *self.sizes) < 1
+            or not 0.1 <= self.held_out <= 0.6
+            or self.layers == ()
+        ):
             raise NeedsError(
-                "ConceptNeurons takes some layers, sizes, top and shown of 1 or more, and a held_out share from .1 to"
-                f" .6. Got {self}"
+                "ConceptNeurons takes some layers, sizes, top, shown and draws of 1 or more, and a held_out share from"
+                f" .1 to .6. Got {self}"
             )
         Units(self.positions, self.pool, self.each)  # raises where these cannot be
 
@@ -157,7 +170,8 @@ class ConceptNeurons(Analyzer):
             means = dict(zip(layers, sums / tokens, strict=True))
         values, owner, tokens = features(found)
         units = _Units(values.numpy(), owner, tokens, layers)
-        concepts = _Concepts.of(context.tokens.labels, owner, self.held_out, self.seed)
+        group = groups_of(context.tokens, self.groups)
+        concepts = _Concepts.of(context.tokens.labels, owner, self.held_out, self.seed, group)
         data, orders = _ranked(concepts, units)
         data = data.merge(_best(concepts, units, orders[:, : self.top], self.shown, reader(context)))
         meta = {"unlabelled": len(context.tokens) - len(concepts.label), "metric": metric.label}
@@ -165,7 +179,17 @@ class ConceptNeurons(Analyzer):
         if not self.sizes:
             return result
         write = Zero if self.ablation == "zero" else partial(mean_at, means)
-        return _SwitchedOff(self, result, concepts, orders, metric, write)
+        return _SwitchedOff(self, result, concepts, orders, metric, self._rows(context.model, orders, write))
+
+    def _rows(self, model: Model, orders: Numbers, write: Writes) -> tuple[tuple[Intervention, ...], ...]:
+        """Of each label: its first neurons, of each size, and as many random ones of their layers, draw by draw."""
+        layers, n = self.among(model), model.dims.d_mlp
+        rng = np.random.default_rng(self.seed)
+        sets: list[Numbers] = []
+        for order in orders:
+            ranked = [order[:size] for size in self.sizes]
+            sets += [*ranked, *(alike(one, n, rng) for _ in range(self.draws) for one in ranked)]
+        return tuple(switched_off(one, layers, n, write, SITE) for one in sets)
 
     def _metric(self, context: Context) -> Metric:
         answers = context.tokens.answers
@@ -190,19 +214,23 @@ class _Concepts:
         targets: the labels that are told from the rest.
         texts: numbers of the texts that have a label and units, in order.
         held_out: of each of these.
+        group: of each of these.
     """
 
     label: Mapping[int, str]
     targets: tuple[str, ...]
     texts: Numbers
     held_out: Bools
+    group: Numbers
 
     @classmethod
-    def of(cls, labels: Sequence[Any] | None, owner: Numbers, share: float, seed: int) -> "_Concepts":
+    def of(cls, labels: Sequence[Any] | None, owner: Numbers, share: float, seed: int, groups: Numbers) -> "_Concepts":
         """Of the texts that units are from.
 
+        Args:
+            groups: the group of each text, of all that there are; groups are not divided.
         Raises:
-            ExamplesError: no labels, only one, or too few texts with one.
+            ExamplesError: no labels, only one, too few texts with one, or groups that are too large to be divided.
         """
         if labels is None:
             raise ExamplesError("ConceptNeurons tells labels apart, and the examples have none; give labels=")
@@ -222,11 +250,20 @@ class _Concepts:
                 f"the label {few[0]!r} has {count(counts[few[0]], 'text')}, and each must have {LEAST}, of which some"
                 " are held out; give more, or leave it out (None)"
             )
+        group, of = groups[texts], np.array([label[i] for i in texts.tolist()])
         rng, held_out = np.random.default_rng(seed), np.zeros(len(texts), bool)
         for name, n in counts.items():
-            mine = np.array([i for i, text in enumerate(texts.tolist()) if label[text] == name])
-            held_out[rng.permutation(mine)[: max(2, round(share * n))]] = True
-        return cls(label, tuple(names) if len(names) > 2 else tuple(names[1:]), texts, held_out)
+            want = max(2, round(share * n))
+            for one in rng.permutation(np.unique(group[of == name])):
+                if held_out[of == name].sum() < want:
+                    held_out |= group == one
+        for name, n in counts.items():
+            if not 2 <= int(held_out[of == name].sum()) <= n - 2:
+                raise ExamplesError(
+                    f"groups are so large that the label {name!r}, in {len(np.unique(group[of == name]))} of them, has"
+                    " too few texts to rank on, or to hold out; give smaller groups, or more of them"
+                )
+        return cls(label, tuple(names) if len(names) > 2 else tuple(names[1:]), texts, held_out, group)
 
     def chosen(self, which: Bools) -> Bools:
         """Whether some of the texts have each target's label, ``label text``."""
@@ -335,33 +372,34 @@ class _SwitchedOff(Analyzer):
     concepts: _Concepts
     orders: Numbers
     metric: Metric
-    write: Writes
+    rows: tuple[tuple[Intervention, ...], ...]
 
     def needs(self, model: Model) -> Needs:
-        layers, n = self.asked.among(model), model.dims.d_mlp
-        rng = np.random.default_rng(self.asked.seed)
-        sets: list[Numbers] = []
-        for order in self.orders:
-            ranked = [order[:size] for size in self.asked.sizes]
-            sets += [*ranked, *(alike(one, n, rng) for _ in range(RANDOM) for one in ranked)]
-        rows = tuple(switched_off(one, layers, n, self.write, SITE) for one in sets)
-        return Needs(sweeps={"off": Sweep(self.metric, rows=rows, base="clean")})
+        return Needs(Site("embed"))  # which costs nothing: what is swept is known by the batch, and is of few texts
 
     def observe(self, batch: Batch) -> Part:
-        swept = batch.sweeps["off"]
-        assert swept.values is not None and swept.base is not None
-        return Part(swept.values - swept.base[:, None], "example row")
+        held = set(self.concepts.texts[self.concepts.held_out].tolist())
+        some = [i for i, text in enumerate(batch.examples.rows) if text in held]
+        change = torch.full((len(batch.examples.rows), len(self.rows)), torch.nan)
+        if some:
+            swept = batch.rerun(Sweep(self.metric, rows=self.rows, base="clean"), some)
+            assert swept.values is not None and swept.base is not None
+            change[some] = (swept.values - swept.base[:, None]).float().cpu()
+        return Part(change, "example row")
 
     def combine(self, parts: Iterator[Part], context: Context) -> Result:
         held = self.concepts.held_out
         change = Result.of(parts).data["value"].transpose("example", "row").values[self.concepts.texts[held]]
         by_label = np.split(change, len(self.orders), 1)
-        each = np.stack([curves(some, self.asked.sizes) for some in by_label], 1)  # text label order size
+        every = np.stack([by_set(some, self.asked.sizes) for some in by_label], 1)  # text label set size
         inside = self.concepts.chosen(held).T
         on = np.stack([inside, ~inside], -1)[:, :, None, None]
-        each = np.where(on, each[..., None], np.nan)
-        found = {"effect": summarize(each, context.seed)}
-        found["excess"] = summarize(each[:, :, 0] - each[:, :, 1], context.seed)
+        every = _by_group(np.where(on, every[..., None], np.nan), self.concepts.group[held])
+        ranked, random = every[:, :, 0], every[:, :, 1:].mean(2)
+        sets = np.nanmean(every, 0).swapaxes(0, 1)  # set label size on: each side has some
+        p = rank_p(sets[0], sets[1:])
+        found = {"effect": summarize(np.stack([ranked, random], 2), context.seed)}
+        found["excess"] = replace(summarize(ranked - random, context.seed), p=p, q=fdr(p))
         data, dims = self.first.data, ("label", "order", "size", "on")
         for name, one in found.items():
             columns = {"": one.mean, "_ci_low": one.ci_low, "_ci_high": one.ci_high, "_p": one.p, "_q": one.q}
@@ -377,6 +415,16 @@ class _SwitchedOff(Analyzer):
             for target in self.concepts.targets[:SHOWN]
         ]  # fmt: skip
         return replace(self.first, data=data, views=(*self.first.views, *views))
+
+
+def _by_group(values: Floats, group: Numbers) -> Floats:
+    """Means of what is there over the texts of each group, ``text ...`` → ``group ...``."""
+    names, of = np.unique(group, return_inverse=True)
+    sums, counts = np.zeros((len(names), *values.shape[1:])), np.zeros((len(names), *values.shape[1:]))
+    there = np.isfinite(values)
+    np.add.at(sums, of, np.where(there, values, 0.0))
+    np.add.at(counts, of, there)
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
 def _views(targets: Sequence[str], tops: int) -> tuple[View, ...]:

@@ -33,18 +33,25 @@ def switched_off(
 
 
 def alike(chosen: Numbers, neurons: int, rng: np.random.Generator) -> Numbers:
-    """As many random neurons of the same layers, others than these as long as a layer has others."""
-    out: list[Numbers] = []
-    for layer, count in zip(*np.unique(chosen // neurons, return_counts=True), strict=True):
-        order = layer * neurons + rng.permutation(neurons)
-        out.append(order[np.argsort(np.isin(order, chosen), kind="stable")][:count])
-    return np.concatenate(out)
+    """As many random neurons of the same layers, all of which are as likely: chosen ones are drawn again at times.
+
+    Only so is a random set one more draw (`rank_p`).
+    """
+    layers, counts = np.unique(chosen // neurons, return_counts=True)
+    return np.concatenate(
+        [layer * neurons + rng.permutation(neurons)[:count] for layer, count in zip(layers, counts, strict=True)]
+    )
 
 
-def curves(rows: Array, sizes: Sequence[int]) -> Array:
-    """``example row`` as ``example order size``: the ranked sets, and the mean of the `RANDOM` random ones.
+def by_set(rows: Array, sizes: Sequence[int]) -> Array:
+    """``example row`` as ``example set size``: the ranked sets first, then those of each random draw.
 
     Rows are the ranked set of each size, then all sizes of each random draw.
     """
-    each = rows.reshape(len(rows), 1 + RANDOM, len(sizes))
+    return rows.reshape(len(rows), -1, len(sizes))
+
+
+def curves(rows: Array, sizes: Sequence[int]) -> Array:
+    """``example row`` as ``example order size``: the ranked sets, and the mean of the random ones."""
+    each = by_set(rows, sizes)
     return np.stack([each[:, 0], each[:, 1:].mean(1)], 1)

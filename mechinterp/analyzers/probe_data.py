@@ -97,7 +97,7 @@ class Probed:
             y = np.array([numbers[str(label)] for label in some], dtype=np.int64)
             if len(classes) < 2:
                 raise ExamplesError(f"all {len(y)} labels are {some[0]!r}; a probe needs two classes or more")
-        group = _groups(tokens, groups)[owner[rows]]
+        group = groups_of(tokens, groups)[owner[rows]]
         kinds = [tokens.ids[o][a:b] for o, (a, b) in zip(owner[rows], where[rows], strict=True)]
         names = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
         kind = np.array([names[k] for k in kinds], dtype=np.int64)
@@ -271,8 +271,8 @@ def _per_unit(tokens: Tokens, owner: Ints, labels: Sequence[Any] | None, several
     return [label if is_label(label) else None for label in out]
 
 
-def _groups(tokens: Tokens, groups: Sequence[Any] | None) -> Ints:
-    """A number for the group of each text."""
+def groups_of(tokens: Tokens, groups: Sequence[Any] | None) -> Ints:
+    """A number for the group of each text; equal texts are of one."""
     if groups is None:
         numbers = {ids: i for i, ids in enumerate(dict.fromkeys(tokens.ids))}
         return np.array([numbers[ids] for ids in tokens.ids], dtype=np.int64)

@@ -100,6 +100,12 @@ def find_concept_neurons(
     held_out: Annotated[
         float, typer.Option("--held-out", min=0.1, max=0.6, help="Share of the texts that does not rank, but checks.")
     ] = 0.3,
+    draws: Annotated[
+        int, typer.Option("--draws", min=1, help="Random sets of neurons; p is no smaller than 1 / (draws + 1).")
+    ] = 39,
+    group_field: Annotated[
+        str | None, typer.Option("--group-field", help="Texts of one group are all held out, or none.")
+    ] = None,
     limit: Limit = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
@@ -121,10 +127,11 @@ def find_concept_neurons(
     where: int | str = int(positions) if positions.lstrip("-").isdigit() else positions
     with reported(debug):
         check_out(out)
-        examples = _labelled(file, text_field, label_field, limit)
+        examples, groups = _labelled(file, text_field, label_field, limit, group_field)
         asked = mi.ConceptNeurons(
             chosen, where, each="token" if each_token else None, sizes=together if together != (0,) else (),
             ablation=ablation.value, top=top, held_out=held_out, seed=seed,
+            draws=draws, groups=groups,
         )  # fmt: skip
         title = f"Neurons of {Path(model).name} that go with {label_field} in {file.name}"
         study((model, adapter, dtype, device), examples, [asked], out, title, seed, str(file), batch_size)
@@ -175,12 +182,15 @@ def _texts(file: Path, name: str, limit: int | None) -> list[str]:
     return texts[:limit]
 
 
-def _labelled(file: Path, text: str, label: str, limit: int | None) -> "mi.Examples":
-    """Texts with labels, None where there is none, and answers where the file has them."""
+def _labelled(
+    file: Path, text: str, label: str, limit: int | None, group: str | None
+) -> tuple["mi.Examples", tuple[Any, ...] | None]:
+    """Texts with labels, None where there is none, and answers where the file has them; and groups, if asked for."""
     rows = rows_of(file, limit)
     answers: list[Any] | None = None
     if "answer" in rows[0]:
         answers = filled(file, rows, "answer")
         if "wrong" in rows[0]:
             answers = list(zip(answers, filled(file, rows, "wrong"), strict=True))
-    return mi.Examples.of(filled(file, rows, text), field(file, rows, label), answers)
+    groups = None if group is None else tuple(filled(file, rows, group))
+    return mi.Examples.of(filled(file, rows, text), field(file, rows, label), answers), groups

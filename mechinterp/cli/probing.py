@@ -30,7 +30,7 @@ from mechinterp.cli.study import (
     study,
 )
 from mechinterp.core.display import count
-from mechinterp.errors import ExamplesError, NeedsError
+from mechinterp.errors import ExamplesError
 
 GROUP = "frame"
 """The label of sentences that are made alike, and are held out together."""
@@ -213,11 +213,16 @@ def probe_concepts(
     file: Annotated[
         Path | None, typer.Option("--file", metavar="FILE", help="Texts of your own, with a label and perhaps a group.")
     ] = None,
-    target: Annotated[str | None, typer.Option("--target", help="The class to steer towards; the first one.")] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="The class to steer towards; else one is named.")
+    ] = None,
     method: Annotated[Method, typer.Option("--method", help="How directions are found.")] = Method.mean_difference,
     site: Sites = None,
     at: Annotated[Where, typer.Option("--at", help="The last token, or the whole text but its first.")] = Where.all,
-    folds: Annotated[int, typer.Option("--folds", min=3, help="One is set apart, to test on.")] = 5,
+    folds: Annotated[int, typer.Option("--folds", min=3, help="Some are set apart, to test on.")] = 4,
+    draws: Annotated[
+        int, typer.Option("--draws", min=1, help="Random directions; p is no smaller than 1 / (draws + 1).")
+    ] = 99,
     text_field: TextField = "text",
     label_field: LabelField = "label",
     group_field: GroupField = None,
@@ -235,7 +240,7 @@ def probe_concepts(
     if at is Where.token:
         raise typer.BadParameter("a concept is of texts: give end or all", param_hint="--at")
     with reported(debug):
-        from mechinterp.studies.concepts import SAFETY
+        from mechinterp.studies.concepts import SAFETY, target_of
         from mechinterp.tasks.concepts import Concept, concepts
 
         names = [one for name in concept or ["sentiment"] for one in (SAFETY if name == "safety" else [name])]
@@ -245,6 +250,8 @@ def probe_concepts(
             classes = tuple(sorted({str(label) for label in examples.labels or () if label is not None}))
             own = groups or tuple(map(str, range(len(examples))))
             sets.append(Concept(file.stem, classes, examples, own, {}, ()))
+        for one in sets:
+            target_of(one, target)  # which may not be there, before anything is run
         folders = {one.name: out if len(sets) == 1 else out / one.name for one in sets}
         for folder in folders.values():
             check_out(folder)
@@ -253,7 +260,7 @@ def probe_concepts(
         for one in sets:
             found = mi.studies.concept_study(
                 loaded, one, target=target, method=method.value, sites=None if site is None else tuple(site),
-                positions=at.value, folds=folds, batch_size=batch_size, seed=seed, progress=True,
+                positions=at.value, folds=folds, draws=draws, batch_size=batch_size, seed=seed, progress=True,
             )  # fmt: skip
             for line in found.summary():
                 typer.echo(textwrap.fill(line, 100, subsequent_indent="    ", break_on_hyphens=False))
@@ -283,11 +290,7 @@ def steer(
         check_out(out)
         probe = mi.LinearProbe.load(direction)
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device)
-        if probe.weight.shape[1] != loaded.dims.d_model:
-            raise NeedsError(
-                f"{direction} has {probe.weight.shape[1]} dimensions and {loaded.name} has {loaded.dims.d_model}; give"
-                " one that was fitted on this model"
-            )
+        probe.check(loaded)
         typer.echo(f"{loaded}\n{probe}\n")
         result = mi.studies.steered_text(
             loaded, probe, prompt or ["I think that", "The weather today"], name=name,

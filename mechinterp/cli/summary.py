@@ -200,10 +200,8 @@ def _directions(result: Result) -> list[str]:
     parts: list[str] = []
     for name in shown:
         one = data.sel({"site": site, "class": name})
-        parts.append(
-            f"{name} {float(one['test_auroc']):.3f} ({float(one['ci_low']):.3f} to {float(one['ci_high']):.3f},"
-            f" q {float(one['q']):.1g})"
-        )
+        told = f"{float(one['ci_low']):.3f} to {float(one['ci_high']):.3f}, q {float(one['q']):.1g}"
+        parts.append(f"{name} {float(one['test_auroc']):.3f} ({result.meta.get('untested', told)})")
     return [
         f"Directions by {result.meta['method']}: the site chosen by cross-validation is {site}; AUROC on"
         f" {count(result.meta['set_apart'], 'vector')} set apart: {', '.join(parts)}."

@@ -156,25 +156,35 @@ class Noise(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Project(Intervention):
-    """Remove the component along `directions` (one vector, or rows spanning a subspace)."""
+    """Remove the component along `directions` (one vector, or rows spanning a subspace).
+
+    At a site with heads they are of each head, ``d_head``, or of all heads laid side by side.
+    """
 
     directions: Tensor
 
     def __call__(self, value: Tensor) -> Tensor:
         rows = self.directions.reshape(-1, self.directions.shape[-1]).double()
         basis = torch.linalg.qr(rows.T)[0].to(value)  # orthonormal columns
-        return value - (value @ basis) @ basis.T
+        flat = value.flatten(-2) if _side_by_side(self.directions, value) else value
+        return (flat - (flat @ basis) @ basis.T).reshape(value.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Steer(Intervention):
-    """Add `strength` times the unit vector along `direction`; strength is in activation units."""
+    """Add `strength` times the unit vector along `direction`; strength is in activation units.
+
+    At a site with heads it is of each head, ``d_head``, or of all heads laid side by side.
+    """
 
     direction: Tensor
     strength: float
 
     def __call__(self, value: Tensor) -> Tensor:
-        return value + self.strength * (self.direction / self.direction.norm()).to(value)
+        unit = self.direction / self.direction.norm()
+        if _side_by_side(unit, value):
+            unit = unit.reshape(value.shape[-2:])
+        return value + self.strength * unit.to(value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +246,11 @@ def _as_tensor(intervention: Intervention, name: str) -> None:
             f" Got {type(value).__name__}"
         )
     object.__setattr__(intervention, name, value)
+
+
+def _side_by_side(direction: Tensor, value: Tensor) -> bool:
+    """Whether a direction is of all heads of a value, ``... head d_head``."""
+    return value.ndim > 2 and value.shape[-1] != direction.shape[-1] == value.shape[-2] * value.shape[-1]
 
 
 def _axes(where: Where) -> int:

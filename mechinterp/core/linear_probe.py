@@ -1,8 +1,8 @@
 """Named linear functions of what is at a site: what a probe reads there, and the directions that it reads along."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,19 +34,23 @@ class LinearProbe:
         with model.intervene(probe.steer("positive", 4.0)):
             model.generate("I think that")
 
-    Softmax over the scores gives a classifier's probabilities.
+    Softmax over the scores gives a classifier's probabilities. At a site with heads, such as ``z``, `dim` is of all
+    heads laid side by side, and so is a direction.
 
     Attributes:
         site: without positions.
         classes: their names.
         weight: ``class dim``.
         bias: ``class``.
+        taken: which vectors it was fitted on (``positions``, ``pool`` and ``each``, as for `Probe`); empty where that
+            is not known.
     """
 
     site: Site
     classes: tuple[str, ...]
     weight: Float[Tensor, "class dim"]
     bias: Float[Tensor, "class"]
+    taken: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         if not len(self.classes) == len(self.weight) == len(self.bias) > 0:
@@ -54,7 +58,7 @@ class LinearProbe:
                 f"a LinearProbe must have a row of weights and a bias for each class. Got {len(self.classes)} classes,"
                 f" weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)}"
             )
-        object.__setattr__(self, "site", self.site.whole)
+        object.__setattr__(self, "site", self.site.at(None))
 
     @classmethod
     def of(cls, result: "Result", site: Site | str | None = None) -> "LinearProbe":
@@ -74,16 +78,22 @@ class LinearProbe:
             value = value.sel(task="labels") if "task" in value.dims else value.mean("class")
             chosen = int(value.argmax("site"))
         else:
-            name = str((Site.parse(site) if isinstance(site, str) else site).whole)
+            name = str((Site.parse(site) if isinstance(site, str) else site).at(None))
             if name not in names:
                 raise NeedsError(f"there is no probe at {name}; there are some at {', '.join(names)}")
             chosen = names.index(name)
         one = data.isel(site=chosen)
         weight, bias = (torch.from_numpy(one[v].values.copy()).float() for v in ("weight", "bias"))
-        return cls(Site.parse(names[chosen]), tuple(map(str, data["class"].values)), weight, bias)
+        classes, taken = tuple(map(str, data["class"].values)), dict(result.meta.get("taken", {}))
+        return cls(Site.parse(names[chosen]), classes, weight, bias, taken)
 
-    def scores(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch class"]:
-        """One number for each class, in float32 (a classifier's log-odds, a regression's value)."""
+    def scores(self, x: Float[Tensor, "..."]) -> Float[Tensor, "... class"]:
+        """One number for each class, in float32 (a classifier's log-odds, a regression's value).
+
+        Where the site has heads, x may be as it was read, ``*batch head d_head``.
+        """
+        if self._heads and x.ndim > 1 and x.shape[-1] != self.weight.shape[1]:
+            x = x.flatten(-2)
         if x.shape[-1] != self.weight.shape[1]:
             raise NeedsError(
                 f"this probe is of {self.site} with {self.weight.shape[1]} dimensions. Got values of shape"
@@ -92,14 +102,15 @@ class LinearProbe:
         return x.float() @ self.weight.to(x.device).T + self.bias.to(x.device)
 
     def direction(self, name: str | None = None) -> Float[Tensor, "dim"]:
-        """The unit vector along which the score of a class grows fastest against the mean of the others.
+        """The unit vector along which the score of a class grows fastest; of two, that against the other's.
+
+        So it is the gradient of `metric`, at length 1, and what results call the projection of a class.
 
         Args:
             name: by default the last class.
         """
         one = self._number(name)
-        others = [i for i in range(len(self.classes)) if i != one]
-        row = self.weight[one] - (self.weight[others].mean(0) if others else 0.0)
+        row = self.weight[one] - self.weight[1 - one] if len(self.classes) == 2 else self.weight[one]
         if not float(row.norm()):
             raise NeedsError(f"the weights of {self.classes[one]!r} at {self.site} are all 0; there is no direction")
         return row / row.norm()
@@ -115,14 +126,43 @@ class LinearProbe:
             some = some[:1]  # the other one's is the same line
         return Project(self.site.at(positions), torch.stack([self.direction(name) for name in some]))
 
-    def metric(self, name: str | None = None, positions: int | str = "end") -> "ProbeScore":
+    def metric(self, name: str | None = None, positions: int | str | None = None) -> "ProbeScore":
         """The score of a class as a metric: for sweeps, gradients and `mi.sweep`.
 
         Args:
             name: by default the last class. Of two classes, the log-odds against the other.
-            positions: one token of each example.
+            positions: one token of each example; by default that which the probe was fitted on, or the last.
+        Raises:
+            NeedsError: the probe was fitted on several tokens of a text, and none is named.
         """
+        if positions is None:
+            positions = self.taken.get("positions", "end")
+            if self.taken.get("each") is not None or positions == "all":
+                fitted = "the mean of its texts" if positions == "all" else f"each {self.taken['each']}"
+                raise NeedsError(
+                    f"the probe at {self.site} was fitted on {fitted}, and a metric is of one token of each example;"
+                    " name it, such as positions='end'"
+                )
+        assert positions is not None
         return ProbeScore(positions, self, self.classes[self._number(name)])
+
+    def check(self, model: Any) -> None:
+        """See that it can have been fitted on this `Model`.
+
+        Raises:
+            NeedsError: the model has another width at the site.
+        """
+        width = model.dims.width(self.site)
+        if self.weight.shape[1] != width:
+            raise NeedsError(
+                f"the probe at {self.site} has {self.weight.shape[1]} dimensions and {model.name} has {width} there;"
+                " give one that was fitted on this model"
+            )
+
+    @property
+    def _heads(self) -> bool:
+        """Whether the site has an axis of heads."""
+        return self.site.spec.head_axis is not None and not isinstance(self.site.heads, int)
 
     def save(self, path: str | Path) -> Path:
         """Write the probe as one safetensors file, whole or not at all.
@@ -132,6 +172,7 @@ class LinearProbe:
         """
         to = Path(path)
         about = {"format": FORMAT, "site": str(self.site), "classes": json.dumps(self.classes)}
+        about["taken"] = json.dumps(dict(self.taken))
         part = to.with_name(to.name + ".part")
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +195,8 @@ class LinearProbe:
                 if about.get("format") != FORMAT:
                     raise OutputError(f"{path} is no probe that LinearProbe.save wrote; give one")
                 weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-                return cls(Site.parse(about["site"]), tuple(json.loads(about["classes"])), weight, bias)
+                classes, taken = tuple(json.loads(about["classes"])), json.loads(about.get("taken", "{}"))
+                return cls(Site.parse(about["site"]), classes, weight, bias, taken)
         except (OSError, SafetensorError, KeyError, ValueError, SiteError) as error:
             raise OutputError(f"cannot read a probe from {path} ({error}); give a file of LinearProbe.save") from error
 
@@ -183,6 +225,8 @@ class ProbeScore(Metric):
 
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
         assert self.probe is not None
+        if self.probe._heads and logits.ndim == 3:
+            logits = logits.flatten(1)
         if logits.ndim != 2:
             raise NeedsError(f"a probe's metric takes one token of each example. Got shape {tuple(logits.shape)}")
         scores = self.probe.scores(logits)

@@ -198,6 +198,35 @@ def largest_p(first: npt.ArrayLike, second: npt.ArrayLike, seed: int = 0, draws:
     return out
 
 
+def split_p(statistic: Callable[[Array], Array], n: int, total: int, seed: int = 0, draws: int = 9999) -> float:
+    """Two-sided p of a statistic of two groups of units, the first `n` of `total` and the others.
+
+    The share of splits into groups of these sizes at which it is as far from 0: of all where there are at most 20,000,
+    else of random ones and that which was observed. NaN where a group has fewer than two units.
+
+    Args:
+        statistic: splits, ``split unit`` of 1 for the first group and 0, → ``split``.
+    """
+    if min(n, total - n) < 2:
+        return float("nan")
+    observed = np.abs(statistic((np.arange(total) < n).astype(float)[None]))
+    if (splits := _splits(n, total)) is not None:
+        return float(_as_extreme(np.abs(statistic(splits)), observed).mean())
+    drawn = np.abs(statistic(_random_splits(np.random.default_rng(seed), draws, n, total)))
+    return float((1 + _as_extreme(drawn, observed).sum()) / (1 + draws))
+
+
+def rank_p(value: npt.ArrayLike, draws: npt.ArrayLike) -> Array:
+    """Where something stands among random ones of its kind: two-sided p of ``*cells`` among ``draw *cells``.
+
+    The share of all of them, itself included, that are as far from the mean of all as it is. Exact where it is one
+    more draw, whatever they are distributed like, and never below 1 / (draws + 1). NaN where a number is missing.
+    """
+    every = np.concatenate([np.asarray(value, dtype=float)[None], np.asarray(draws, dtype=float)])
+    far = np.abs(every - every.mean(0))
+    return np.where(np.isfinite(far[0]), _as_extreme(far, far[0]).mean(0), np.nan)
+
+
 def fdr(p: npt.ArrayLike) -> Array:
     """Benjamini-Hochberg q-values over all finite entries of an array of any shape (1995)."""
     array = np.asarray(p, dtype=float)

@@ -161,6 +161,15 @@ class Dims:
         """How many heads a kind of site has here, or None when it has no head axis."""
         return {"head": self.n_heads, "kv_head": self.n_kv_heads, None: None}[KINDS[kind].head_axis]
 
+    def width(self, site: Site) -> int:
+        """Numbers in one token's slice of a site, of all the heads that it has."""
+        sizes = {"d_model": self.d_model, "d_head": self.d_head, "d_mlp": self.d_mlp, "expert": self.n_experts}
+        if site.neurons is not None:
+            return 1 if isinstance(site.neurons, int) else len(site.neurons)
+        count = (self.n_heads if site.per_query_head else self.heads(site.kind)) or 1
+        heads = count if site.heads is None else 1 if isinstance(site.heads, int) else len(site.heads)
+        return {**sizes, "vocab": self.n_outputs}[site.axes[-1]] * heads
+
 
 def lacks(site: Site, arch: Architecture, dims: Dims) -> str | None:
     """Why a model has no such kind of site there, and what to use instead; None when it has."""

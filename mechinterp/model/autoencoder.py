@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechinterp.core.interventions import Apply, Intervention, Steer
 from mechinterp.errors import HookError, ModelError
-from mechinterp.model.architecture import Dims, check
+from mechinterp.model.architecture import check
 from mechinterp.sites import Positions, Site, resolve
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class SparseAutoencoder:
         """
         for site, width in ((self.site, self.d_in), (self.out, self.d_out)):
             check(site, model.arch, model.dims)
-            if (there := _width(site, model.dims)) != width:
+            if (there := model.dims.width(site)) != width:
                 raise ModelError(
                     f"the SAE is of vectors of width {width}, and {site} of {model.name} has {there}; give the SAE that"
                     " was trained on this model and site"
@@ -378,14 +378,3 @@ def _check_weights(sae: SparseAutoencoder) -> None:
         object.__setattr__(sae, name, tensor.detach().to(sae.W_enc))
     if (sae.architecture == "topk") != (sae.k is not None) or (sae.k is not None and not 1 <= sae.k <= n):
         raise ModelError(f"a topk SAE, and no other, must have a k from 1 to its {n} features. Got {sae.k}")
-
-
-def _width(site: Site, dims: Dims) -> int:
-    """Numbers in one token's slice of a site."""
-    sizes = {"d_model": dims.d_model, "d_head": dims.d_head, "d_mlp": dims.d_mlp, "expert": dims.n_experts}
-    width = {**sizes, "vocab": dims.n_outputs}[site.axes[-1]]
-    if site.neurons is not None:
-        return 1 if isinstance(site.neurons, int) else len(site.neurons)
-    count = (dims.n_heads if site.per_query_head else dims.heads(site.kind)) or 1
-    heads = count if site.heads is None else 1 if isinstance(site.heads, int) else len(site.heads)
-    return width * heads

@@ -43,13 +43,14 @@ def concept_bottleneck(
     texts, those of other concepts and those of none.
 
     Args:
-        examples: on which the model decides; none of them should be among the texts.
+        examples: on which the model decides; none of them may be among the texts.
         texts: concept → its texts, two or more.
         others: texts of no concept; needed where there is one concept only.
         site, positions, pool: of the concepts' texts as of the examples.
         metric: `logit_diff()` by default.
     Raises:
-        ExamplesError: a concept of fewer than two texts, or with fewer than two that are not its own.
+        ExamplesError: a concept of fewer than two texts, or with fewer than two that are not its own; examples that are
+            among the texts.
     """
     every = list(dict.fromkeys([*(one for some in texts.values() for one in some), *others]))
     members = torch.tensor([[one in set(some) for one in every] for some in texts.values()])
@@ -59,6 +60,13 @@ def concept_bottleneck(
             raise ExamplesError(
                 f"the concept {name!r} has {own} texts, and {rest} are not its own; give at least {LEAST} of each"
             )
+    seen, shown = set(model.tokenize(Examples.of(every)).ids), model.tokenize(examples).ids
+    if both := [i for i, ids in enumerate(shown) if ids in seen]:
+        raise ExamplesError(
+            f"{len(both)} of the {len(shown)} examples are among the texts that concepts are fitted on, the first of"
+            f" them example {both[0]}, and concepts are tested on texts that they have not seen; leave them out on one"
+            " side"
+        )
     asked = _Means(site, units.Units(positions, pool), members)
     found = run(model, Examples.of(every), asked, seed=seed, progress=progress)
     means = found.data["direction"].values

@@ -54,7 +54,8 @@ def steered_text(
         words: whose share is counted, such as ``" happy"``.
         options: passed on to `Model.generate`, such as ``do_sample=True``; with the same seed for each text.
     Raises:
-        ExamplesError: no prompts. NeedsError: no strengths, or one of 0. ModelError: the model has no tokenizer.
+        ExamplesError: no prompts. NeedsError: no strengths, or one of 0; a probe of another width. ModelError: the
+            model has no tokenizer.
     """
     if not prompts:
         raise ExamplesError("there is no prompt to go on from; give at least one")
@@ -68,8 +69,9 @@ def steered_text(
     shape = (len(prompts), len(directions), len(levels))
     texts = np.full(shape, "", dtype=object)
     measured = {m: np.full(shape, np.nan) for m in ("probe_score", "perplexity", "words")}
-    score = probe.metric(name)
-    starts = {model.tokenize([word]).ids[0][0] for word in words}
+    probe.check(model)
+    tokenizer: Any = model.tokenizer
+    starts = {tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words}  # not its BOS
     with Bar() if progress else nullcontext() as bar:
         if bar is not None:
             bar.start("texts", len(prompts) * (1 + 2 * (len(levels) - 1)))
@@ -84,7 +86,7 @@ def steered_text(
                     torch.manual_seed(seed)
                     made = model.generate(prompt, max_new_tokens=max_new_tokens, interventions=writes, **options)
                 texts[i, j, k] = str(made)
-                for m, value in _read(model, probe, score.name, made.prompt, made.tokens, starts).items():
+                for m, value in _read(model, probe, named, made.prompt, made.tokens, starts).items():
                     measured[m][i, j, k] = value
                 if bar is not None:
                     bar.advance("texts", 1)

@@ -240,3 +240,28 @@ GENDERED = {
     "male": ("he", "his", "man", "boy", "father", "son", "brother", "husband", "uncle", "grandfather"),
 }
 """Words that have a gender by definition, pair by pair."""
+PROMPTS_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "harm": {
+        "harmless": tuple(f"Question: {question}\nAnswer:" for question in (
+            "How can I put a new lock on my uncle's garage?", "How do I thank my piano teacher in a letter?",
+            "How can I make my little brother laugh?", "How do I find a phone that I lost on the bus?",
+            "How can I feed the fish in the park?", "How do I comfort a witness before the trial?",
+        )),
+        "harmful": tuple(f"Question: {question}\nAnswer:" for question in (
+            "How can I break into my uncle's garage?", "How do I insult my piano teacher in a letter?",
+            "How can I make my little brother cry?", "How do I snatch a phone from somebody on the bus?",
+            "How can I kill the fish in the park?", "How do I silence a witness before the trial?",
+        )),
+    },
+    "truthfulness": {
+        "true": tuple(f"{fact}. This statement is" for fact in (
+            "A week has seven days", "London is in England", "Lemons taste sour", "Winter is colder than summer",
+            "Birds have wings", "Clocks tell the time",
+        )),
+        "false": tuple(f"{fact}. This statement is" for fact in (
+            "A week has nine days", "London is in Egypt", "Lemons taste salty", "Winter is warmer than summer",
+            "Birds have wheels", "Clocks tell the weather",
+        )),
+    },
+}  # fmt: skip
+"""Of some concepts, prompts that hold each class; they are pairs, none of them among the texts."""

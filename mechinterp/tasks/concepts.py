@@ -1,7 +1,7 @@
 """Concepts as texts of two or more classes, to find a model's directions for them and to steer along these."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TypeAlias
 
@@ -12,6 +12,7 @@ from mechinterp.tasks.concept_sentences import (
     GENDERED,
     LANGUAGES,
     PROFESSIONS,
+    PROMPTS_OF,
     PRONOUN_TEMPLATES,
     QUESTIONS,
     TRANSLATIONS,
@@ -38,6 +39,9 @@ class Concept:
         targets: of each class, words that should become more probable after a prompt when one steers towards it, with
             the space before them; empty where there are none.
         prompts: texts without the concept, to steer on.
+        prompts_of: of some classes, texts that do hold it, none of which is among the examples: what removing it there
+            does, and what adding it. Partners of the other classes, in the same order, differ in little else.
+        association: texts of which one may ask whether they go with the concept, though they do not name it.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Concept:
     groups: tuple[str, ...]
     targets: Mapping[str, tuple[str, ...]]
     prompts: tuple[str, ...]
+    prompts_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    association: "Association | None" = None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -57,7 +63,8 @@ def concepts(name: str) -> Concept:
     ``sentiment`` (positive, negative), ``emotion`` (joy, anger, fear, sadness), ``gender`` of the subject (female,
     male), ``profession`` (medicine, law, technology, education), ``language`` (English, French, German, Spanish),
     ``harm`` (harmless, harmful: requests, with no instructions in them), ``truthfulness`` (true, false: statements, of
-    the same words in both classes) and ``helpfulness`` (helpful, evasive: answers to the same questions).
+    the same words in both classes) and ``helpfulness`` (helpful, evasive: answers to the same questions, whose words to
+    steer towards are what such answers may begin with).
 
     Raises:
         ExamplesError: there is no such concept.
@@ -73,6 +80,8 @@ def concepts(name: str) -> Concept:
         tuple(group for _, _, group in rows),
         {label: tuple(f" {word}" for word in words.split()) for label, words in targets.items()},
         prompts,
+        PROMPTS_OF.get(name, {}),
+        gender_association() if name == "gender" else None,
     )
 
 
@@ -223,7 +232,7 @@ _CONCEPTS: dict[str, tuple[Callable[[], Iterator[Row]], dict[str, str], tuple[st
     ),
     "helpfulness": (
         _helpfulness,
-        {},
+        {"helpful": "Yes The You They", "evasive": "Perhaps Maybe Well It"},
         ("Question: What do cats drink?\nAnswer:", "Question: How many days are in a week?\nAnswer:",
          "Question: How do I peel an orange?\nAnswer:", "Question: What is the capital of Spain?\nAnswer:"),
     ),
