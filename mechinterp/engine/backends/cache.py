@@ -54,7 +54,7 @@ def from_activation_cache(cache: Any, tokens: Tensor | None = None, mask: Tensor
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     batch = TokenBatch(ids, real.to(ids.device), rows=tuple(range(len(ids))))
     held: dict[Read, Tensor] = {}
-    points = set(getattr(cache.model, "hook_dict", ()))
+    points: set[str] = set(getattr(cache.model, "hook_dict", ()))
     for name, value in cache.items():
         try:
             site = Site.parse(name)
