@@ -54,9 +54,9 @@ def _kinds() -> dict[str, Kind]:
         Kind("resid_pre", resid, "blocks.{L}.hook_resid_pre", f"<{layer}"),
         Kind("attn_in", resid, "blocks.{L}.ln1.hook_out", f"{layer}.input_layernorm"),
         Kind("q", head, "blocks.{L}.attn.hook_q", f"{attn}.q_proj"),
-        Kind("q_normed", head, None, f"{attn}.q_norm"),
+        Kind("q_normed", head, "blocks.{L}.attn.hook_q_normed", f"{attn}.q_norm"),
         Kind("k", kv, "blocks.{L}.attn.hook_k", f"{attn}.k_proj"),
-        Kind("k_normed", kv, None, f"{attn}.k_norm"),
+        Kind("k_normed", kv, "blocks.{L}.attn.hook_k_normed", f"{attn}.k_norm"),
         Kind("v", kv, "blocks.{L}.attn.hook_v", f"{attn}.v_proj"),
         Kind("q_rot", head, "blocks.{L}.attn.hook_rot_q"),
         Kind("k_rot", kv, "blocks.{L}.attn.hook_rot_k"),
@@ -74,13 +74,27 @@ def _kinds() -> dict[str, Kind]:
         Kind("mlp_out", resid, "blocks.{L}.hook_mlp_out", mlp),
         Kind("resid_post", resid, "blocks.{L}.hook_resid_post", layer),
         Kind("final_norm", resid, "ln_final.hook_out", "model.norm"),
-        Kind("logits", ("batch", "pos", "vocab"), None, "lm_head"),
+        Kind("logits", ("batch", "pos", "vocab"), "unembed.hook_out", "lm_head"),
     ]
     return {kind.name: kind for kind in rows}
 
 
 KINDS: dict[str, Kind] = _kinds()
 """Every kind of site, in the order in which a forward pass reaches them."""
+
+_ALIASES = [
+    ("embed", "embed.hook_out"),
+    ("resid_pre", "blocks.{L}.hook_in"),
+    ("q", "blocks.{L}.attn.q.hook_out"),
+    ("k", "blocks.{L}.attn.k.hook_out"),
+    ("v", "blocks.{L}.attn.v.hook_out"),
+    ("z", "blocks.{L}.attn.o.hook_in"),
+    ("attn_out", "blocks.{L}.attn.hook_out"),
+    ("resid_mid", "blocks.{L}.ln2.hook_in"),
+    ("mlp_out", "blocks.{L}.mlp.hook_out"),
+    ("resid_post", "blocks.{L}.hook_out"),
+]
+"""Second names of TransformerLens 4; ``mlp.gate.hook_out`` is of two places, by the layer, and so of none."""
 
 _ORDER = {name: i for i, name in enumerate(KINDS)}
 _TEXT = re.compile(
@@ -261,7 +275,7 @@ def _named(text: str, names: Iterable[tuple[str, str | None]]) -> Site | None:
 
 
 def _tl(text: str) -> Site | None:
-    return _named(text, ((kind.name, kind.tl) for kind in KINDS.values()))
+    return _named(text, [*((kind.name, kind.tl) for kind in KINDS.values()), *_ALIASES])
 
 
 def _module(text: str) -> Site | None:

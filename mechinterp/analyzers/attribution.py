@@ -22,7 +22,6 @@ from mechinterp.core.trace import Read, Run
 from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.model.architecture import check
 from mechinterp.model.attention import raw_scores, softmax
-from mechinterp.model.hooks import in_force
 from mechinterp.sites import KINDS, Position, Site
 
 QUERIES = ("q", "q_normed", "q_rot")
@@ -218,7 +217,7 @@ class AttributionPatching(Analyzer):
     def _check_in_force(self, model: Model) -> None:
         """Raise where somebody writes what is made anew here: the logits, or a pattern from its scores."""
         anew = ("logits", "scores", "pattern") if self.method == "atp*" and self.signed else ("logits",)
-        written, _ = in_force(model.hf, model.arch.base)
+        written, _ = model.in_force()
         head: Any = model.hf.get_submodule(model.arch.unembed)
         if bad := [f"{type(write).__name__} writes at {site}" for site, write in written if site.kind in anew]:
             raise NeedsError(f"there is no attribution patching while {bad[0]}; leave the intervene() block")

@@ -20,7 +20,6 @@ from mechinterp.core.statistics import summarize
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
 from mechinterp.errors import NeedsError
-from mechinterp.model.hooks import in_force
 from mechinterp.model.slices import select
 from mechinterp.sites import Site
 
@@ -121,7 +120,7 @@ class EdgeAttribution(Analyzer):
     def observe(self, batch: Batch) -> Part:
         graph = Graph.of(batch.model, self.ungrouped)
         start = batch.examples.first_difference
-        if self.method == "exact" or in_force(batch.model.hf, batch.model.arch.base)[0]:
+        if self.method == "exact" or batch.model.in_force()[0]:
             start = 0  # a function that is in force may carry a change to earlier positions
         values = batch.values["clean"] if self.method == "eap" else batch.clean
         averaged: Gradients = iter(())
@@ -280,7 +279,7 @@ class EdgeAttribution(Analyzer):
 
 def _check_in_force(model: Model, method: str) -> None:
     """Raise where somebody changes what travels along edges, of which neither gradients nor patches know."""
-    written, others = in_force(model.hf, model.arch.base)
+    written, others = model.in_force()
     if others:
         raise NeedsError("edges cannot be scored while hooks are inside the model: remove them, or use intervene()")
     for site, write in written:

@@ -210,12 +210,19 @@ def verify(
     adapter: Adapter = None,
     dtype: Dtype = None,
     device: Device = None,
+    backends: Annotated[
+        str | None,
+        typer.Option(
+            "--backends", metavar="NAMES", help="Compare with transformer_lens, nnsight, or all of them, too."
+        ),
+    ] = None,
     file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the checks here, too.")] = None,
     debug: Debug = False,
 ) -> None:
     """Check what every number rests on, on this model: sites, sums, edits, padding, batches, decoding.
 
-    The exit status is 1 if a check fails.
+    With --backends, every site and analyzers of each kind on other libraries, too. The exit status is 1 if a check
+    fails.
     """
     with reported(debug):
         from mechinterp.engine.runner import provenance
@@ -224,16 +231,41 @@ def verify(
 
         if file is not None:
             check_file(file)
+        others = _backends(backends)
         loaded = mi.Model.load(model, adapter=adapter, dtype=dtype, device=device, check=False)
         typer.echo(f"{loaded}\n\n{HEAD}")
         found = mi.verify(loaded, quick=quick, told=lambda check: typer.echo(line(check)))
+        compared = None
+        if others:
+            from mechinterp.studies import equivalence as study_of
+
+            typer.echo(f"\n{study_of.HEAD}")
+            compared = study_of.equivalence(loaded, others, told=lambda row: typer.echo(str(row)))
+        passed = found.passed and (compared is None or compared.passed)
         if file is not None:
             checks = [{**asdict(check), "passed": check.passed} for check in found.checks]
-            content = {**provenance(loaded), "adapter": adapter, "passed": found.passed, "checks": checks}
+            content = {**provenance(loaded), "adapter": adapter, "passed": passed, "checks": checks}
+            if compared is not None:
+                content["backends"] = [{**asdict(row), "verdict": row.verdict} for row in compared.rows]
             write_file(file, json.dumps(encode(content, "checks"), indent=1, allow_nan=False) + "\n")
         typer.echo(f"\n{found.summary}")
-        if not found.passed:
+        if compared is not None:
+            typer.echo(compared.summary)
+        if not passed:
             raise typer.Exit(1)
+
+
+def _backends(names: str | None) -> list[str]:
+    """Libraries by name, of a list with commas, or all.
+
+    Raises:
+        BadParameter: there is none of that name.
+    """
+    known = ("transformer_lens", "nnsight")
+    asked = [name.strip() for name in (names or "").split(",") if name.strip()]
+    if odd := [name for name in asked if name not in (*known, "all")]:
+        raise typer.BadParameter(f"--backends must be all, or some of {', '.join(known)}. Got {odd[0]!r}")
+    return [name for name in known if name in asked or "all" in asked]
 
 
 def _axes(site: "mi.Site") -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from mechinterp.core.tokens import TokenBatch
 from mechinterp.errors import NeedsError
 from mechinterp.shapes import PatternBlock
 from mechinterp.sites import KINDS, Site, Sites
+
+if TYPE_CHECKING:  # core never imports these; a trace is handed its model
+    from transformer_lens import ActivationCache
+
+    from mechinterp.model.model import Model
+else:
+    Model = ActivationCache = Any
 
 Run: TypeAlias = Literal["clean", "corrupted"]
 
@@ -74,8 +81,11 @@ class Trace:
     changing one in place never changes the model, and inside `observe` it is refused.
     """
 
-    def __init__(self, tensors: Mapping[Read, Tensor], batch: TokenBatch, owner: str = "this trace") -> None:
+    def __init__(
+        self, tensors: Mapping[Read, Tensor], batch: TokenBatch, owner: str = "this trace", model: Model | None = None
+    ) -> None:
         self._tensors = dict(tensors)
+        self._model = model
         self._owner = owner
         self.batch = batch
         """The examples that were run: ids, mask, lengths."""
@@ -161,6 +171,42 @@ class Trace:
         from mechinterp.report.files import load_trace
 
         return load_trace(path)
+
+    def to_activation_cache(self, model: Model | None = None, of: Run = "clean") -> "ActivationCache":
+        """What was read as a TransformerLens `ActivationCache`, whose methods work on it.
+
+        ``decompose_resid`` takes embed, attn_out and mlp_out of all layers, ``accumulated_resid`` the residual
+        streams, ``stack_head_results`` z, and ``logit_attrs`` and whatever else applies the final norm resid_post of
+        the last layer, from which its scale is made. Tensors are shared, not copied.
+
+        Args:
+            model: that was run; by default the one whose `trace` made this.
+            of: which run of a pair.
+        Raises:
+            NeedsError: a site was read in part, or it is not known which model was run.
+            ModelError: TransformerLens cannot wrap the model.
+        """
+        from mechinterp.engine.backends.cache import to_activation_cache
+
+        if (found := model or self._model) is None:
+            raise NeedsError("an ActivationCache knows its model, and this trace does not; give it as model=")
+        return to_activation_cache(self, found, of)
+
+    @classmethod
+    def from_activation_cache(
+        cls, cache: "ActivationCache", tokens: Tensor | None = None, mask: Tensor | None = None
+    ) -> "Trace":
+        """A trace of all that a TransformerLens `ActivationCache` has at sites; what is no site is left out.
+
+        Args:
+            tokens: ids that were run, ``batch pos``; a TransformerBridge's cache has them already.
+            mask: True at real tokens; by default all are.
+        Raises:
+            NeedsError: it holds no site, or no token ids and none were given.
+        """
+        from mechinterp.engine.backends.cache import from_activation_cache
+
+        return from_activation_cache(cache, tokens, mask)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(dict.fromkeys(r.site for r in self._tensors))

@@ -12,9 +12,8 @@ from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
-from mechinterp.engine.forward import FINAL_NORM, Passed, call, fired
+from mechinterp.engine.forward import FINAL_NORM, Passed, passing
 from mechinterp.errors import NeedsError
-from mechinterp.model.hooks import Attached
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, real, select
 from mechinterp.sites import Site, resolve
@@ -54,28 +53,26 @@ def backward(
         )
     with torch.enable_grad():
         head: Any = model.hf.get_submodule(model.arch.unembed)
-        written = bool(head._forward_hooks)  # somebody writes logits: then the model makes them itself
+        # Somebody writes logits, or another library runs the model: then it makes them itself.
+        written = bool(head._forward_hooks) or model.backend is not None
         last = Read(metric.site.whole if metric.site else Site("logits") if written else FINAL_NORM)
         stop = last.site
         taken = list(dict.fromkeys([last, *reads]))
-        attached = Attached(model.hf, model.arch, model.dims, writes, taken, places, stop=stop)
-        with attached:
-            call(model, batch)
-            fired(taken, attached.values)
-            values = {read: attached.values[read].detach() for read in reads}
-            final = select(attached.values[last], last.site, batch.where(metric.positions))
+        seen = passing(model, batch, taken, writes, places, stop)
+        values = {read: seen.values[read].detach() for read in reads}
+        final = select(seen.values[last], last.site, batch.where(metric.positions))
         rows = metric.rows(batch)
         chosen = final if rows is None or not written else final[..., rows]
         logits = chosen if written or metric.site else model.unembed(final, rows)
         against = None if reference is None else reference.logits[metric]
         total = metric.score(logits, batch, rows, against).sum()
-        edges = [attached.captured[place][0] for place in places]
+        edges = [seen.captured[place][0] for place in places]
         grads = torch.autograd.grad(total, edges, allow_unused=True)
     out: dict[Read, Tensor] = {}
     for site in sites:
         grad = grads[places.index(site.whole)]
         if grad is None and writes:
-            grad = final.new_zeros(attached.captured[site.whole][1])
+            grad = final.new_zeros(seen.captured[site.whole][1])
         if grad is None:
             raise NeedsError(f"the metric {metric} does not depend on {site}; ask for the gradient at an earlier site")
         heads = model.dims.heads(site.kind)

@@ -14,9 +14,10 @@ from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.metrics import Metric, Rows
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
-from mechinterp.errors import ExamplesError, HookError, SiteError
+from mechinterp.errors import ExamplesError, HookError, ModelError, SiteError
 from mechinterp.model.attention import Pass
-from mechinterp.model.hooks import Attached, Stop
+from mechinterp.model.backend import Seen, audit, in_order
+from mechinterp.model.hooks import Attached, Stop, check_grad
 from mechinterp.model.model import Model, as_examples
 from mechinterp.model.slices import PATTERN_KINDS, select
 from mechinterp.sites import Site, resolve
@@ -62,18 +63,14 @@ def forward(
     written = any(site.kind == "logits" for w in writes for site in resolve(w.site, model.dims.n_layers))
     everywhere = any(r.site.positions is None for r in outside)
     ending = bool(outside) or len(scored) < len(metrics)
-    forced = ending and (bool(head._forward_hooks) or written)
+    forced = ending and (bool(head._forward_hooks) or written or model.backend is not None)
     whole = forced or everywhere
     writes = [*blanking(model, batch), *writes]
     needed = [*inside, *scored.values(), *([Read(FINAL_NORM)] if ending else [])]
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
     taken = list(dict.fromkeys(needed + ([full] if whole else [])))
-    attached = Attached(model.hf, model.arch, model.dims, writes, taken, stop=full.site if whole else stop)
-    with attached:
-        call(model, batch, lenient)
-        fired(taken, attached.values)
-        values = attached.values
+    values = passing(model, batch, taken, writes, stop=full.site if whole else stop, lenient=lenient).values
     result = {read: values[read] for read in inside}
     for read in outside:
         where = batch.where(read.site.positions)
@@ -119,7 +116,7 @@ def trace(model: Model, text: Any, reads: Wanted, interventions: Sequence[Interv
     for run in runs:
         if some := [r for r in wanted if r.of == run]:
             values |= forward(model, batch.run(run), some, writes=interventions).values
-    return Trace({r: values[r] for r in wanted}, batch)
+    return Trace({r: values[r] for r in wanted}, batch, model=model)
 
 
 @dataclass(frozen=True)
@@ -154,6 +151,11 @@ def generate(
 ) -> Generation:
     """`Model.generate`."""
     tokens = model.tokenize(as_examples(text))
+    if model.backend is not None:
+        raise ModelError(
+            f"generating goes token by token with a cache, which the backend {model.backend.name!r} is not asked for;"
+            " use model.with_backend('native').generate(...)"
+        )
     if len(tokens) != 1:
         raise ExamplesError(f"generate takes one prompt. Got {len(tokens)}; call it for each")
     batch = tokens.batch([0], model.device)
@@ -205,6 +207,48 @@ def _join(read: Read, steps: list[Tensor]) -> Tensor:
 def blanking(model: Model, batch: TokenBatch) -> list[Intervention]:
     """What puts baselines in the place of a batch's blank tokens."""
     return [Apply(Site("embed"), partial(model.blanked, blanks=batch.blanks))] if batch.blanks else []
+
+
+def passing(
+    model: Model,
+    batch: TokenBatch,
+    reads: Sequence[Read],
+    writes: Sequence[Intervention] = (),
+    grads: Sequence[Site] = (),
+    stop: Site | None = None,
+    lenient: bool = False,
+) -> Seen:
+    """One pass over a batch, by whoever runs the model; every pass that is no row of a wavefront is made here.
+
+    Args:
+        grads: whole sites, whose places in the graph are kept.
+        stop: nothing after this site is wanted; a backend goes on to the end all the same.
+        lenient: rows that lack a position that is written are left as they are.
+    Raises:
+        SiteError: a site that the model, or its backend, lacks.
+        HookError: a read that did not fire or a write that was not reached.
+    """
+    if model.backend is None:
+        attached = Attached(model.hf, model.arch, model.dims, writes, reads, grads, stop=stop)
+        with attached:
+            call(model, batch, lenient)
+            fired(reads, attached.values)
+        return Seen(attached.values, attached.captured)
+    own = in_order(writes, model.dims.n_layers)
+    for site, _ in own:
+        model.check(site, "write")
+    for read in reads:
+        model.check(read.site)
+    for site in grads:
+        check_grad(site)
+        model.check(site, "gradient")
+    around = [write for block in model.standing for write in block.writes]
+    seen = model.backend.run(batch, [*around, *own], reads, grads, lenient or bool(around))
+    audit(own, {site for site, number in seen.reached if number >= len(around)}, 1)
+    for block in model.standing:
+        block.passes += 1
+        block.reached |= {site for site, number in seen.reached if number < len(around)}
+    return seen
 
 
 def call(model: Model, batch: TokenBatch, lenient: bool = False) -> None:

@@ -101,6 +101,8 @@ def _mixes(sweep: Sweep, grid: Grid, spans: Collection[str]) -> str | None:
 
 def watched(model: Model) -> str | None:
     """Whether somebody must see every row in a pass of its own."""
+    if model.backend is not None:
+        return f"{model.backend.name} runs the model, a whole pass at a time"
     if str(model.hf.config._attn_implementation).startswith(PREFIX):
         return "an intervention in force around it must see every row"
     tops = (model.hf, model.hf.get_submodule(model.arch.base))  # a hook there sees unedited runs, and no rows

@@ -20,7 +20,6 @@ from mechinterp.engine.backward import passes_along
 from mechinterp.engine.packed import packed_cost, why_full
 from mechinterp.engine.sweep import Grid, row_count, source_reads
 from mechinterp.errors import ExamplesError, MechinterpError, NeedsError
-from mechinterp.model.architecture import check
 from mechinterp.model.model import Model, as_examples
 from mechinterp.sites import KINDS, Site, Sites, resolve
 
@@ -90,22 +89,22 @@ def compile_round(
             need = analyzer.needs(model)
             wanted = as_reads(need.reads, layers)
             for read in wanted:
-                check(read.site, model.arch, model.dims)
+                model.check(read.site)
                 reads[read.of][read] = None
             for one in need.on.values():
                 for read in as_reads(one.reads, layers):
-                    check(read.site, model.arch, model.dims)
+                    model.check(read.site)
                     own.setdefault(one.examples, {})[read] = None
             for grad in need.grads.values():
                 at, beside = grads.setdefault(grad.run(layers), ({}, {}))
                 for site in resolve(grad.sites, layers):
-                    check(site, model.arch, model.dims)
+                    model.check(site, "gradient")
                     at[site] = None
                 for site in resolve(grad.reads, layers):
-                    check(site, model.arch, model.dims)
+                    model.check(site)
                     beside[Read(site, grad.of)] = None
                 for read in _mixed(grad, layers):
-                    check(read.site, model.arch, model.dims)
+                    model.check(read.site, "write")
                     reads[read.of][read] = None
                 _compare(grad.metric, metrics)
             for sweep in need.sweeps.values():
@@ -142,15 +141,15 @@ def compile_round(
 def _check_sweep(model: Model, sweep: Sweep, tokens: Tokens | None) -> None:
     """Raise unless every cell is a place in the model and in some example."""
     for site in sweep.reads:
-        check(site, model.arch, model.dims)
+        model.check(site)
     for site in resolve(sweep.held, model.dims.n_layers):
-        check(site, model.arch, model.dims)
+        model.check(site, "write")
     if sweep.edits:
         return
     grid = Grid.of(sweep, model, 1)
     for group, part in itertools.product(grid.groups, grid.parts):
         for site in group:
-            check(grid.at(site, None, part), model.arch, model.dims)
+            model.check(grid.at(site, None, part), "write")
     if tokens is None:
         return
     longest = max(tokens.lengths)

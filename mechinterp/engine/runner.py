@@ -25,6 +25,7 @@ from mechinterp.engine.plan import Plan, Round, compile_round, default_batch_siz
 from mechinterp.engine.runs import Known
 from mechinterp.engine.sweep import source_reads, sweep_full
 from mechinterp.errors import MechinterpError, NeedsError
+from mechinterp.model.backend import NATIVE
 from mechinterp.model.model import Model, as_examples
 from mechinterp.sites import Site, resolve
 
@@ -187,6 +188,7 @@ def provenance(model: Model) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "kernel": model.kernel,
+        "backend": NATIVE if model.backend is None else f"{model.backend.name} {model.backend.version}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -132,8 +132,14 @@ def verify(model: Model, *, quick: bool = False, told: Callable[[Check], None] |
         quick: only what two short passes can show, as when a model is loaded.
         told: called with every check as it is done.
     Raises:
-        ModelError: the tokenizer makes ids that the model lacks, or the attention kernel cannot be read from.
+        ModelError: the tokenizer makes ids that the model lacks, the attention kernel cannot be read from, or another
+            library runs the model.
     """
+    if model.backend is not None:
+        raise ModelError(
+            f"verify is of the native engine, and {model.name} is run by {model.backend.name}; verify"
+            " model.with_backend('native'), and compare the two by mi.studies.equivalence.equivalence(model)"
+        )
     checks: list[Check] = []
 
     def add(check: Check, started: float) -> None:
@@ -187,8 +193,12 @@ def _state(model: Model) -> tuple[int, str, int]:
     return hooks, model.kernel, sum(p._version for p in model.hf.parameters())
 
 
-def _prompts(model: Model) -> list[tuple[int, ...]]:
-    """Eight prompts of different length: text where there is a tokenizer, random tokens where there is none."""
+def prompts(model: Model) -> list[tuple[int, ...]]:
+    """Eight prompts of different length, as token ids: text where there is a tokenizer, random where there is none.
+
+    Raises:
+        ModelError: the tokenizer makes ids that the model lacks.
+    """
     if model.tokenizer is not None:
         try:
             ids = Examples.of(_TEXTS).tokenize(model.tokenizer).ids
@@ -243,7 +253,7 @@ def _largest(gap: Tensor) -> float:
 
 def _quick(model: Model) -> Iterator[Check]:
     tolerance = TOLERANCES[model.dtype]
-    batch = _one(model, _prompts(model)[0][:8])
+    batch = _one(model, prompts(model)[0][:8])
     try:
         values = forward(model, batch, [Read(site) for site in model.sites]).values
     except HookError as error:
@@ -277,7 +287,7 @@ def _quick(model: Model) -> Iterator[Check]:
 def _oracles(model: Model) -> Iterator[Check]:
     """Against what transformers itself can show."""
     tolerance = TOLERANCES[model.dtype]
-    batch = _one(model, _prompts(model)[1])
+    batch = _one(model, prompts(model)[1])
     resid, pattern = [[Site(kind, i) for i in range(model.dims.n_layers)] for kind in ("resid_pre", "pattern")]
     values = forward(model, batch, [Read(site) for site in [*resid, *pattern]]).values
     states = _base(model)(batch.ids, use_cache=False, output_hidden_states=True).hidden_states
@@ -295,7 +305,7 @@ def _edits(model: Model) -> Iterator[Check]:
     views = [replace(site, per_query_head=True) for site in model.sites if site.kind in kinds]
     # Views per query head apart: after one of them, a whole group has no key to write.
     groups = {"at all sites": list(model.sites), "keys and values per query head": views}
-    batch, logits = _one(model, _prompts(model)[4]), Read(Site("logits"))
+    batch, logits = _one(model, prompts(model)[4]), Read(Site("logits"))
     bare, gaps = _bare(model, batch), dict[str, float]()
     for name, sites in groups.items():
         same = forward(model, batch, [logits], writes=[Apply(site, torch.clone) for site in sites])
@@ -314,7 +324,7 @@ def _edits(model: Model) -> Iterator[Check]:
 
 def _silent(model: Model, sites: Sequence[Site]) -> list[str]:
     """Those of some sites where an edit, each in a row of its own, leaves the last token's logits as they are."""
-    batch, end = _one(model, _prompts(model)[4][:6], len(sites)), Read(Site("logits", positions="end"))
+    batch, end = _one(model, prompts(model)[4][:6], len(sites)), Read(Site("logits", positions="end"))
     same = [Apply(site, torch.clone) for site in sites]  # so that both passes take the same kernels
     moved = [Apply(site, _perturb(site, row)) for row, site in enumerate(sites)]
     base, other = (forward(model, batch, [end], writes=writes).values[end] for writes in (same, moved))
@@ -351,7 +361,7 @@ def _compared(model: Model) -> list[Read]:
 
 
 def _padding(model: Model) -> Iterator[Check]:
-    ids, reads = _prompts(model)[5], _compared(model)
+    ids, reads = prompts(model)[5], _compared(model)
     alone = forward(model, _one(model, ids), reads).values
     for side in ("left", "right"):
         worst, where = 0.0, ""
@@ -369,12 +379,12 @@ def _padding(model: Model) -> Iterator[Check]:
 
 
 def _batches(model: Model) -> Iterator[Check]:
-    prompts, reads = _prompts(model), _compared(model)
-    alone = [forward(model, _one(model, ids), reads).values for ids in prompts]
+    texts, reads = prompts(model), _compared(model)
+    alone = [forward(model, _one(model, ids), reads).values for ids in texts]
     worst, where = 0.0, ""
     for size in (2, 4, 8):
         for start in range(0, 8, size):
-            some = prompts[start : start + size]
+            some = texts[start : start + size]
             width = max(map(len, some))
             rows = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in some], device=model.device)
             real = torch.tensor([[True] * len(i) + [False] * (width - len(i)) for i in some], device=model.device)
@@ -392,7 +402,7 @@ def _decoding(model: Model) -> Iterator[Check]:
         return
     last = model.dims.n_layers - 1
     reads = [Read(s) for s in (Site("k", last), Site("pattern", last), Site("resid_post", last), Site("logits"))]
-    ids = _prompts(model)[3]
+    ids = prompts(model)[3]
     made = generate(model, [ids], 8, [r.sites for r in reads], (), {"eos_token_id": None})
     whole = forward(model, _one(model, [*ids, *made.tokens[:-1]]), reads).values
     gaps = {str(r.site): _off(made.trace[r], whole[r]) for r in reads}
@@ -409,10 +419,9 @@ def _flips(model: Model) -> Iterator[Check]:
     bytes_ = sum(p.numel() * p.element_size() for p in model.hf.parameters())
     if model.dims.n_labels is not None or model.dtype != torch.float32 or bytes_ > FLIPS_BYTES:
         return
-    prompts = _prompts(model)
     half = copy.deepcopy(model.hf).to(torch.bfloat16)
     flipped = total = 0
-    for ids in prompts:
+    for ids in prompts(model):
         tokens = torch.tensor([ids], device=model.device)
         top, other = (hf(tokens, use_cache=False).logits[0].argmax(-1) for hf in (model.hf, half))
         flipped, total = flipped + int((top != other).sum()), total + len(ids)

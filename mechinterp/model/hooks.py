@@ -20,9 +20,10 @@ from mechinterp.core.trace import Read
 from mechinterp.errors import HookError, SiteError
 from mechinterp.model.architecture import Architecture, Dims, check
 from mechinterp.model.attention import PREFIX, Act, LayerWork, Pass, check_written, register
-from mechinterp.model.slices import PATTERN_KINDS, overwrite, real, select
+from mechinterp.model.backend import audit, in_order
+from mechinterp.model.slices import PATTERN_KINDS, select, written
 from mechinterp.model.weights import linear_weight
-from mechinterp.sites import Site, resolve
+from mechinterp.sites import Site
 
 CAPTURING = "transformers.utils.output_capturing"
 """Whose hooks stay on a model once hidden states were asked of it; they only look, and in such a call alone."""
@@ -59,9 +60,7 @@ class Attached:
         keep_steps: bool = False,
     ) -> None:
         self.hf, self.arch, self.dims = hf, arch, dims
-        # In the order of the pass, and as given at one site: what is later sees what is earlier.
-        writes_at = [(site, w) for w in writes for site in resolve(w.site, dims.n_layers)]
-        self.writes = sorted(writes_at, key=lambda each: each[0].order)
+        self.writes = in_order(writes, dims.n_layers)
         self.reads, self.grads, self.stop = tuple(reads), tuple(grads), stop
         self.values: dict[Read, Tensor] = {}
         self.captured: dict[Site, tuple[GradientEdge, torch.Size]] = {}
@@ -100,12 +99,7 @@ class Attached:
 
     def audit(self) -> None:
         """Raise unless every write was reached at least once."""
-        for site, write in self.writes:
-            if site not in self._reached:
-                raise HookError(
-                    f"{type(write).__name__} at {site} was never reached in {self.passes} forward passes;"
-                    " every pass stopped before it or had no such position: read something after it, or drop it"
-                )
+        audit(self.writes, self._reached, self.passes)
 
     def _attach(self) -> None:
         self._ins, self._outs, self._work = defaultdict(list), defaultdict(list), {}
@@ -245,7 +239,7 @@ class Attached:
 
     def _place_grad(self, site: Site) -> None:
         place = self.arch.place(site)
-        _check_grad(site)
+        check_grad(site)
 
         def capture(state: Pass, value: Tensor) -> Tensor:
             if not value.requires_grad:
@@ -285,14 +279,11 @@ class Attached:
     def _edit(self, site: Site, write: Intervention) -> Act:
         def act(state: Pass, value: Tensor) -> Tensor:
             _check_mid(site, state.mids.get(site.layer or 0, self) is self)
-            where = state.batch.where(site.positions, strict=not state.lenient)
-            if where is None and state.batch.left_padded and site.kind not in PATTERN_KINDS:
-                where = real(state.batch)  # so that a slice starts at the first real token
-            if where is not None and where.valid is not None and not bool(where.valid.any()):
+            new = written(value, site, write, state.batch, state.lenient)
+            if new is None:
                 return value
             self._reached.add(site)
-            where = None if where is None else where.to(value.device)
-            return overwrite(value, site, where, write.for_batch(state.batch))
+            return new
 
         return act
 
@@ -353,7 +344,7 @@ def route(gate: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(logits.dtype), top.indices
 
 
-def _check_grad(site: Site) -> None:
+def check_grad(site: Site) -> None:
     """Raise where a gradient is another site's, or a metric's own."""
     if site.kind == "head_out":
         raise SiteError(f"the gradient at {site} is that of attn_out.{site.layer}; ask for it there")

@@ -1,7 +1,9 @@
 """Model: a Hugging Face causal LM or classifier with its tokenizer, its dimensions and its weights by head."""
 
 import contextlib
+import copy
 import hashlib
+import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,10 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import Baseline, Tokens
 from mechinterp.core.trace import Trace
-from mechinterp.errors import ExamplesError, ModelError
-from mechinterp.model.architecture import Dims, architecture, audit, lacks
-from mechinterp.model.hooks import Attached
+from mechinterp.errors import ExamplesError, ModelError, SiteError
+from mechinterp.model.architecture import Dims, architecture, audit, check, lacks
+from mechinterp.model.backend import NATIVE, Backend, Standing, Use
+from mechinterp.model.hooks import Attached, in_force
 from mechinterp.model.load import Loaded, load_hf
 from mechinterp.model.weights import WeightsByHead
 from mechinterp.shapes import Logits, Resid
@@ -38,9 +41,13 @@ class Model(WeightsByHead):
         dims: its sizes.
         arch: its row in the table of families.
         name: what it was loaded from.
+        backend: the library that runs it, or None for the native engine.
+        standing: interventions in force on that library, the outermost first.
     """
 
     def __init__(self, hf: Any, tokenizer: Any = None, name: str = "") -> None:
+        self.backend: Backend | None = None
+        self.standing: list[Standing] = []
         self.peft = hf if hasattr(hf, "get_base_model") else None
         self.hf = hf if self.peft is None else self.peft.get_base_model()
         self.tokenizer = tokenizer
@@ -71,6 +78,7 @@ class Model(WeightsByHead):
         revision: str | None = None,
         attn_implementation: str | None = None,
         load_in_4bit: bool = False,
+        backend: str = NATIVE,
         check: bool = True,
     ) -> "Model":
         """Load a model by name.
@@ -79,7 +87,7 @@ class Model(WeightsByHead):
 
         Args:
             name: ``"smollm2"`` (bundled), a hub id, a local folder, or a ``.gguf`` file; a Hugging Face
-                object is wrapped as it is.
+                object is wrapped as it is, and so are a TransformerBridge and a model of nnsight.
             adapter: a PEFT adapter (LoRA, say) on top, from a folder or a hub id; see `without_adapter`.
             dtype: of the weights, such as ``"bfloat16"``; the checkpoint's own by default.
             device: where to put it; the CPU by default.
@@ -87,11 +95,12 @@ class Model(WeightsByHead):
             revision: branch, tag or commit of a hub id.
             attn_implementation: transformers' attention kernel; its own choice (SDPA) by default.
             load_in_4bit: pack the weights of linear layers by bitsandbytes, on CUDA.
+            backend: who runs the model: ``"native"``, ``"transformer_lens"`` or ``"nnsight"``; see `with_backend`.
             check: run the quick part of `mechinterp.verify` and refuse a model that fails it.
         Raises:
             ModelError: the model is unknown, of a family without a row, or its files cannot be used.
         """
-        if isinstance(name, torch.nn.Module):
+        if not isinstance(name, str | os.PathLike):
             options = {"adapter": adapter, "dtype": dtype, "device": device, "device_map": device_map}
             options |= {"revision": revision, "attn_implementation": attn_implementation}
             options |= {"load_in_4bit": load_in_4bit or None}
@@ -99,7 +108,8 @@ class Model(WeightsByHead):
                 raise ModelError(
                     f"{', '.join(odd)} cannot be applied to a model that exists already; leave it out, or load by name"
                 )
-            return cls.wrap(name)
+            wrapped = cls.wrap(name)
+            return wrapped if backend == NATIVE else wrapped.with_backend(backend)
         loaded: Loaded = load_hf(
             str(name),
             adapter=adapter,
@@ -115,14 +125,41 @@ class Model(WeightsByHead):
             from mechinterp.engine.verify import quick_check
 
             quick_check(model)
-        return model
+        return model if backend == NATIVE else model.with_backend(backend)
 
     @classmethod
     def wrap(cls, hf: Any, tokenizer: Any = None) -> "Model":
-        """Wrap a Hugging Face causal LM or classifier (or PEFT's model around one), in evaluation mode."""
+        """Wrap a Hugging Face causal LM or classifier (or PEFT's model around one), in evaluation mode.
+
+        A TransformerBridge, or a model of nnsight, is wrapped too, and goes on running it.
+
+        Raises:
+            ModelError: it is none of these, or one that cannot be used.
+        """
+        from mechinterp.engine.backends import existing
+
+        if (found := existing(hf)) is not None:
+            made = cls(found.hf.eval(), tokenizer or found.tokenizer)
+            made.backend = found.backend(made)
+            return made
         if not isinstance(hf, torch.nn.Module) or not hasattr(hf, "config"):
             raise ModelError(f"wrap takes a Hugging Face model. Got {type(hf).__name__}; to load by name, use load")
         return cls(hf.eval(), tokenizer)
+
+    def with_backend(self, name: str) -> "Model":
+        """The same model, run by another library: ``"native"``, ``"transformer_lens"`` or ``"nnsight"``.
+
+        Weights are shared, not copied. Analyzers, traces and interventions are used as before; what the library
+        cannot do is refused by name.
+
+        Raises:
+            ModelError: there is no such backend, or it cannot run this model.
+        """
+        from mechinterp.engine.backends import connect
+
+        other = copy.copy(self)
+        other.standing, other.backend = [], connect(self, name)
+        return other
 
     @contextlib.contextmanager
     def without_adapter(self) -> Generator["Model"]:
@@ -158,8 +195,10 @@ class Model(WeightsByHead):
 
         return trace(self, text, reads, _several(interventions))
 
-    def intervene(self, *interventions: Intervention) -> Attached:
+    def intervene(self, *interventions: Intervention) -> Attached | Standing:
         """``with model.intervene(Zero(sites.z(10, heads=3))): ...``: in force inside the block, undone on any exit."""
+        if self.backend is not None:
+            return Standing(self, interventions)
         return Attached(self.hf, self.arch, self.dims, interventions)
 
     def generate(
@@ -183,6 +222,28 @@ class Model(WeightsByHead):
         from mechinterp.engine.forward import generate
 
         return generate(self, text, max_new_tokens, reads, _several(interventions), options)
+
+    def check(self, site: Site, use: Use = "read") -> None:
+        """Raise unless this can be done at a site of this model, by whoever runs it.
+
+        Raises:
+            SiteError: no such layer, head, or kind in this model, or one that its backend lacks.
+        """
+        check(site, self.arch, self.dims)
+        reason = None if self.backend is None else self.backend.lacks(site, use)
+        if self.backend is not None and reason is not None:
+            view = " per query head" if site.per_query_head else ""
+            did = {"read": "read", "write": "written", "gradient": "differentiated"}[use]
+            raise SiteError(
+                f"{site} cannot be {did}{view} by the backend {self.backend.name!r}: {reason};"
+                " use backend='native', which can (model.with_backend('native'))"
+            )
+
+    def in_force(self) -> tuple[list[tuple[Site, Intervention]], bool]:
+        """What ``intervene`` blocks write at present, and whether somebody else's hooks are inside the model, too."""
+        if self.backend is not None:
+            return [write for block in self.standing for write in block.writes], False
+        return in_force(self.hf, self.arch.base)
 
     def tokenize(self, examples: Any) -> Tokens:
         """Examples (or a text, texts, ids) as token ids, checked against the context length."""
@@ -274,8 +335,13 @@ class Model(WeightsByHead):
     def norm_scale(self, resid: Resid) -> Resid:
         """γ / rms(resid): what the final norm multiplies this residual by, elementwise, in fp32."""
         norm = self._module(f"{self.arch.base}.{self.arch.norm}")
-        rms = (resid.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        rms = (resid.float().pow(2).mean(-1, keepdim=True) + self.norm_eps).sqrt()
         return norm.weight.float() / rms
+
+    @property
+    def norm_eps(self) -> float:
+        """What norms add to the mean square, so that they never divide by zero."""
+        return float(self._module(f"{self.arch.base}.{self.arch.norm}").variance_epsilon)
 
     def unembed(self, resid: Resid, rows: Int[Tensor, "rows"] | None = None) -> Logits:
         """Logits of a normed residual; of all the vocabulary (the model's own module), or of some rows."""
@@ -315,6 +381,7 @@ class Model(WeightsByHead):
         heads = f"{d.n_heads} heads" + (f" ({d.n_kv_heads} kv)" if d.n_kv_heads != d.n_heads else "")
         more = "" if d.n_labels is None else f", classifier of {d.n_labels} labels"
         more += "" if self.peft is None else f", adapter {', '.join(self.peft.peft_config)}"
+        more += "" if self.backend is None else f", run by {self.backend.name} {self.backend.version}"
         more += "" if self.tokenizer is not None else ", no tokenizer: prompts and answers must be token ids"
         return (
             f"Model {self.name}: {self.arch.family}, {d.n_layers} layers, {heads}, d_model {d.d_model},"

@@ -93,6 +93,24 @@ def overwrite(value: Tensor, site: Site, where: Where | None, write: Interventio
     return out.transpose(1, 2) if swap else out
 
 
+def written(value: Tensor, site: Site, write: Intervention, batch: TokenBatch, lenient: bool) -> Tensor | None:
+    """The whole tensor with one write in force at a site; None where no example of the batch has such a position.
+
+    Args:
+        lenient: rows that lack the position are left as they are.
+    Raises:
+        ExamplesError: a row lacks the position, unless `lenient`.
+        HookError: the intervention returned another shape.
+    """
+    where = batch.where(site.positions, strict=not lenient)
+    if where is None and batch.left_padded and site.kind not in PATTERN_KINDS:
+        where = real(batch)  # so that a slice starts at the first real token
+    if where is not None and where.valid is not None and not bool(where.valid.any()):
+        return None
+    where = None if where is None else where.to(value.device)
+    return overwrite(value, site, where, write.for_batch(batch))
+
+
 def index(heads: int | tuple[int, ...]) -> Any:
     """Heads as an index: one drops the axis."""
     return heads if isinstance(heads, int) else list(heads)

@@ -1,0 +1,71 @@
+"""The same needs, answered by another library: TransformerLens, or nnsight.
+
+Each has its own room here and its own hooks; what is wanted at a place is in `visits`, for all of them.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mechinterp.errors import ModelError
+from mechinterp.model.backend import NATIVE, Backend
+from mechinterp.model.model import Model
+
+NAMES = (NATIVE, "transformer_lens", "nnsight")
+
+
+def connect(model: Model, name: str) -> Backend | None:
+    """A library's own model around the same weights; None for the native engine.
+
+    Raises:
+        ModelError: there is no such backend, or it cannot run this model.
+    """
+    if name not in NAMES:
+        raise ModelError(f"The backend must be one of {', '.join(map(repr, NAMES))}. Got {name!r}")
+    if name == NATIVE:
+        return None
+    if model.peft is not None:
+        raise ModelError(
+            f"{model.name} has an adapter, which {name} would not see switched on and off; use the native backend, or"
+            " merge the adapter into the weights (PEFT's merge_and_unload) and wrap the result"
+        )
+    if name == "nnsight":
+        from mechinterp.engine.backends.nnsight import NNsightBackend
+
+        return NNsightBackend.of(model)
+    from mechinterp.engine.backends.transformer_lens import BridgeBackend
+
+    return BridgeBackend.of(model)
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A library's model that a user has made: the Hugging Face model in it, and how it is run."""
+
+    hf: Any
+    tokenizer: Any
+    backend: Callable[[Model], Backend]
+
+
+def existing(thing: Any) -> Existing | None:
+    """What a TransformerBridge or a model of nnsight holds; None for anything else.
+
+    Raises:
+        ModelError: one that cannot be used as it is.
+    """
+    kinds = {(cls.__module__.split(".")[0], cls.__name__) for cls in type(thing).__mro__}
+    if ("transformer_lens", "TransformerBridge") in kinds:
+        from mechinterp.engine.backends.transformer_lens import BridgeBackend, bare
+
+        return Existing(bare(thing), thing.tokenizer, lambda model: BridgeBackend(thing, model))
+    if ("nnsight", "Envoy") in kinds:
+        from mechinterp.engine.backends.nnsight import NNsightBackend, module
+
+        return Existing(module(thing), getattr(thing, "tokenizer", None), lambda model: NNsightBackend(thing, model))
+    return None
+
+
+def sharing(hf: Any) -> Any:
+    """A second tree of modules around the very same weights, for a library that puts its own modules in."""
+    return copy.deepcopy(hf, {id(tensor): tensor for tensor in hf.parameters()})

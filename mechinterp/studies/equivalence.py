@@ -1,0 +1,355 @@
+"""Whether TransformerLens and nnsight give what the native engine gives, on your own model: sites, and analyzers."""
+
+import html
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechinterp.analyzers.ablation import Ablation
+from mechinterp.analyzers.accuracy import Accuracy
+from mechinterp.analyzers.attribution import AttributionPatching
+from mechinterp.analyzers.clusters import HeadClusters
+from mechinterp.analyzers.concept_directions import ConceptDirections
+from mechinterp.analyzers.direct import DirectLogitAttribution
+from mechinterp.analyzers.edges import EdgeAttribution
+from mechinterp.analyzers.gradients import GradientAnalysis
+from mechinterp.analyzers.heads import HeadRoles
+from mechinterp.analyzers.hotspots import Hotspots
+from mechinterp.analyzers.lens import LogitLens
+from mechinterp.analyzers.max_activating import MaxActivating
+from mechinterp.analyzers.patching import ActivationPatching
+from mechinterp.analyzers.paths import PathPatching
+from mechinterp.analyzers.patterns import AttentionProfile
+from mechinterp.analyzers.similarity import Similarity
+from mechinterp.analyzers.stats import ActivationStats
+from mechinterp.analyzers.token_attribution import TokenAttribution
+from mechinterp.analyzers.tracing import CausalTracing
+from mechinterp.core.analyzer import Analyzer
+from mechinterp.core.examples import Examples
+from mechinterp.core.interventions import Apply
+from mechinterp.core.metrics import logit_diff
+from mechinterp.core.result import Result
+from mechinterp.core.tokens import TokenBatch
+from mechinterp.core.trace import Read
+from mechinterp.engine.backends import NAMES
+from mechinterp.engine.backward import backward
+from mechinterp.engine.forward import forward
+from mechinterp.engine.runner import run
+from mechinterp.engine.verify import prompts
+from mechinterp.errors import MechinterpError, ModelError
+from mechinterp.model.backend import NATIVE, Use
+from mechinterp.model.model import Model
+from mechinterp.model.slices import PATTERN_KINDS
+from mechinterp.sites import Site
+
+OTHERS = tuple(name for name in NAMES if name != NATIVE)
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest difference relative to the largest value, by dtype."""
+_ERRORS = {"completeness_error": "attribution"}
+"""Values that are 0 but for rounding and quadrature, and what they are errors of."""
+_LAST = Read(Site("logits", positions="end"))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One line of the table: one thing that was done on the native engine and on a backend.
+
+    Attributes:
+        what: ``read``, ``write``, ``gradient`` or ``analyzer``.
+        name: of the site's kind, or of the analyzer.
+        absolute: largest difference; NaN where the backend refuses, by name.
+        relative: the same, over the largest value of the native engine.
+        detail: where the largest was, or why it was refused.
+    """
+
+    backend: str
+    what: str
+    name: str
+    absolute: float
+    relative: float
+    tolerance: float
+    detail: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """``agrees``, ``differs``, or ``lacks`` where the backend says that it cannot."""
+        if math.isnan(self.relative):
+            return "lacks"
+        return "agrees" if self.relative <= self.tolerance else "differs"
+
+    def __str__(self) -> str:
+        numbers = f"{self.absolute:10.2g}  {self.relative:10.2g}  {self.tolerance:10.2g}"
+        text = f"{self.verdict:8}{self.backend:18}{self.what:10}{self.name:34}{numbers}"
+        return f"{text}  {self.detail}".rstrip()
+
+
+HEAD = f"{'':8}{'backend':18}{'what':10}{'site or analyzer':34}{'absolute':>10}  {'relative':>10}  {'tolerance':>10}"
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What `equivalence` found. Prints as a table."""
+
+    model: str
+    rows: tuple[Agreement, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Nothing differs; what a backend lacks and refuses is no failure."""
+        return all(row.verdict != "differs" for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many agree, which are refused, and which differ."""
+        said = {verdict: [r for r in self.rows if r.verdict == verdict] for verdict in ("agrees", "lacks", "differs")}
+        text = f"{len(said['agrees'])} agree, {len(said['lacks'])} are refused by name, {len(said['differs'])} differ"
+        return text + "".join(f"; {r.backend} {r.what} {r.name}" for r in said["differs"])
+
+    def table(self) -> pd.DataFrame:
+        """One row a comparison: backend, what, name, absolute, relative, tolerance, verdict, detail."""
+        names = ("backend", "what", "name", "absolute", "relative", "tolerance", "verdict", "detail")
+        return pd.DataFrame({name: [getattr(row, name) for row in self.rows] for name in names})
+
+    def markdown(self) -> str:
+        """Site or analyzer by backend, as a table for a page: largest relative difference, and the absolute one."""
+        backends = list(dict.fromkeys(row.backend for row in self.rows))
+        cells = {(row.what, row.name, row.backend): row for row in self.rows}
+        lines = [f"| | site or analyzer | {' | '.join(backends)} |", f"|---|---|{'---|' * len(backends)}"]
+        for what, name in dict.fromkeys((row.what, row.name) for row in self.rows):
+            found = [cells.get((what, name, backend)) for backend in backends]
+            lines.append(f"| {what} | `{name}` | {' | '.join(map(_cell, found))} |")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join([self.model, HEAD, *map(str, self.rows), self.summary])
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self.model)}</p>{self.table().to_html(index=False)}"
+
+
+def _cell(row: Agreement | None) -> str:
+    if row is None or row.verdict == "lacks":
+        return "refused"
+    text = f"{row.relative:.1e} ({row.absolute:.1e})"
+    return text if row.verdict == "agrees" else f"**{text}**"
+
+
+def equivalence(
+    model: Model,
+    backends: Sequence[str] = OTHERS,
+    *,
+    analyzers: bool = True,
+    told: Callable[[Agreement], None] | None = None,
+) -> Equivalence:
+    """Do on each backend what the native engine does, and compare: every site read, written and differentiated, and
+    analyzers of each kind (forward, backward, sweep).
+
+    Prompts have different lengths and are padded, on both sides. Nothing depends on what the model was trained for.
+
+    Args:
+        analyzers: compare analyzers, too, whose sweeps take one whole pass for each row.
+        told: called with every line as it is done.
+    Raises:
+        ModelError: a backend that there is not, or that cannot run this model.
+    """
+    if odd := [name for name in backends if name not in OTHERS]:
+        raise ModelError(f"The backends of equivalence must be among {', '.join(OTHERS)}. Got {odd[0]!r}")
+    native, rows = model.with_backend(NATIVE), list[Agreement]()
+    others = {name: model.with_backend(name) for name in backends}
+    steps = [_reads, _writes, _gradients, *([_analyzers] if analyzers else [])]
+    for step in steps:
+        for row in step(native, others):
+            rows.append(row)
+            if told is not None:
+                told(row)
+    return Equivalence(repr(native), tuple(rows))
+
+
+def _examples(model: Model) -> Examples:
+    """Prompts of three lengths, with answers that any vocabulary has."""
+    ids = sorted(prompts(model), key=len)
+    few = [ids[0], ids[len(ids) // 2], ids[-1]]
+    wrong = min(9, model.dims.n_outputs - 1)
+    return Examples.of(few, answers=[(min(5, wrong - 1), wrong)] * 3)
+
+
+def _kinds(model: Model) -> dict[str, list[Site]]:
+    """Every kind of site, at all layers that have it."""
+    out: dict[str, list[Site]] = {}
+    for site in model.sites:
+        out.setdefault(site.kind, []).append(site)
+    return out
+
+
+def _able(other: Model, sites: Sequence[Site], use: Use) -> str | None:
+    """Why a backend cannot do this at some of the sites; None where it can."""
+    assert other.backend is not None
+    return next((reason for site in sites if (reason := other.backend.lacks(site, use)) is not None), None)
+
+
+def _row(model: Model, backend: str, what: str, name: str, gaps: Sequence[tuple[float, float, str]]) -> Agreement:
+    absolute, relative, where = max(gaps, key=lambda gap: gap[1])
+    return Agreement(backend, what, name, absolute, relative, TOLERANCES[model.dtype], where)
+
+
+def _lacks(model: Model, backend: str, what: str, name: str, reason: str) -> Agreement:
+    return Agreement(backend, what, name, float("nan"), float("nan"), TOLERANCES[model.dtype], reason)
+
+
+def _gap(found: Tensor, expected: Tensor, where: str) -> tuple[float, float, str]:
+    """(absolute, relative, where) of the largest difference; a NaN on one side alone is as large as can be."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    same = (found == expected) | (found.isnan() & expected.isnan())  # equal infinities, too
+    gap = (found - expected).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+    scale = expected.masked_fill(~expected.isfinite(), 0.0).abs().max() if expected.numel() else torch.tensor(0.0)
+    absolute = float(gap.max()) if gap.numel() else 0.0
+    return absolute, absolute / max(float(scale), 1e-12), where
+
+
+def _real(value: Tensor, site: Site, batch: TokenBatch) -> Tensor:
+    """What is at real tokens, as one row of numbers; padding is nobody's."""
+    mask = batch.mask.to(value.device)
+    if site.kind in PATTERN_KINDS:
+        return value[(mask[:, None, :, None] & mask[:, None, None, :]).expand_as(value)]
+    return value[mask]
+
+
+def _reads(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
+    tokens = native.tokenize(_examples(native))
+    batches = {side: tokens.batch(range(3), native.device, side) for side in ("right", "left")}
+    for kind, sites in _kinds(native).items():
+        reads = [Read(site) for site in sites]
+        expected = {side: forward(native, batch, reads).values for side, batch in batches.items()}
+        for name, other in others.items():
+            if reason := _able(other, sites, "read"):
+                yield _lacks(native, name, "read", kind, reason)
+                continue
+            gaps: list[tuple[float, float, str]] = []
+            for side, batch in batches.items():
+                found = forward(other, batch, reads).values
+                for read in reads:
+                    a, b = (_real(values[read], read.site, batch) for values in (found, expected[side]))
+                    gaps.append(_gap(a, b, f"{read.site}, padded on the {side}"))
+            yield _row(native, name, "read", kind, gaps)
+
+
+def _edit(site: Site) -> Apply:
+    """An edit that no norm undoes, and that takes a router to other experts."""
+    if site.kind in PATTERN_KINDS:
+        return Apply(site, lambda value: value * 0.7)
+    if site.kind == "router":
+        return Apply(site, torch.neg)
+    return Apply(site, lambda value: 0.7 * value + 0.2 * value.roll(1, -1))
+
+
+def _writes(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
+    """At the first, a middle and the last layer, each in a pass of its own: what the last token's logits come to."""
+    batch = native.tokenize(_examples(native)).batch(range(3), native.device)
+    for kind, sites in _kinds(native).items():
+        some = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
+        expected = [forward(native, batch, [_LAST], writes=[_edit(site)]).values[_LAST] for site in some]
+        for name, other in others.items():
+            if reason := _able(other, some, "write"):
+                yield _lacks(native, name, "write", kind, reason)
+                continue
+            found = [forward(other, batch, [_LAST], writes=[_edit(site)]).values[_LAST] for site in some]
+            gaps = [_gap(a, b, str(site)) for a, b, site in zip(found, expected, some, strict=True)]
+            yield _row(native, name, "write", kind, gaps)
+
+
+def _gradients(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
+    """Of the logit difference."""
+    batch = native.tokenize(_examples(native)).batch(range(3), native.device)
+    for kind, sites in _kinds(native).items():
+        if kind in ("head_out", "logits"):  # whose gradients are another's, and the metric's own
+            continue
+        expected = backward(native, batch, sites, logit_diff())[0]
+        for name, other in others.items():
+            if reason := _able(other, sites, "gradient"):
+                yield _lacks(native, name, "gradient", kind, reason)
+                continue
+            found = backward(other, batch, sites, logit_diff())[0]
+            gaps = [
+                _gap(_real(found[read], read.site, batch), _real(grad, read.site, batch), str(read.site))
+                for read, grad in expected.items()
+            ]
+            yield _row(native, name, "gradient", kind, gaps)
+
+
+def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
+    """Analyzers of each kind, with the examples that they are compared on."""
+    ids = [list(row[:8]) for row in sorted(prompts(model), key=len)]
+    wrong = min(9, model.dims.n_outputs - 1)
+    answer = (min(5, wrong - 1), wrong)
+    plain = Examples.of(ids, labels=["a", "b"] * 4, answers=[answer] * len(ids))
+    clean, n = [ids[0], ids[-1]], model.dims.n_layers
+    other = [[*row[:1], (row[1] + 1) % model.dims.vocab, *row[2:]] for row in clean]
+    pairs = Examples.pairs(clean, other, answers=[answer] * 2, spans={"subject": [(1, 2)] * 2})
+    forwards: list[Analyzer] = [
+        LogitLens(),
+        DirectLogitAttribution(),
+        Accuracy(),
+        ActivationStats(),
+        AttentionProfile(),
+        HeadRoles(sequences=2, length=8),
+        HeadClusters(shown=4),
+        Hotspots(pairs=3),
+        MaxActivating("resid_post", top=3),
+        Similarity(draws=5),
+        ConceptDirections(folds=3),
+    ]
+    backwards: list[Analyzer] = [
+        GradientAnalysis(),
+        TokenAttribution("grad-x-input"),
+        TokenAttribution("integrated-gradients"),
+        AttributionPatching("z", heads="each"),
+        AttributionPatching("q", heads="each", positions="end", method="atp*"),
+        EdgeAttribution("eap"),
+        EdgeAttribution("eap-ig-inputs", steps=2),
+    ]
+    middle = (n // 2,)
+    sweeps: list[Analyzer] = [
+        ActivationPatching("resid_pre", positions=(1, "end")),
+        ActivationPatching("z", heads="each", positions="end", layers=middle),
+        PathPatching("logits", "attn_out", positions="end"),
+        CausalTracing(kinds=("states",), copies=1, layers=middle, skip_wrong=False),
+        Ablation("mlp_out", heads=None),
+    ]
+    on = [(a, plain) for a in forwards] + [(a, plain) for a in backwards[:3]] + [(a, pairs) for a in backwards[3:]]
+    return [(_name(a), a, examples) for a, examples in [*on, *((a, pairs) for a in sweeps)]]
+
+
+def _name(analyzer: Analyzer) -> str:
+    given = [str(getattr(analyzer, field)) for field in ("method", "site") if hasattr(analyzer, field)]
+    return f"{type(analyzer).__name__}({', '.join(given)})"
+
+
+def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
+    for name, analyzer, examples in _suite(native):
+        expected = run(native, examples, analyzer, batch_size=3)
+        for backend, other in others.items():
+            try:
+                found = run(other, examples, analyzer, batch_size=3)
+            except MechinterpError as error:
+                yield _lacks(native, backend, "analyzer", name, str(error))
+                continue
+            yield _row(native, backend, "analyzer", name, list(_results(found, expected)))
+
+
+def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, str]]:
+    """Of every number of a result that is no count; what should be 0 is held against what it is an error of."""
+    yield 0.0, 0.0, ""
+    for name, value in expected.data.data_vars.items():
+        a, b = np.asarray(found.data[name].values), np.asarray(value.values)
+        if a.shape != b.shape:
+            yield math.inf, math.inf, f"{name} has another shape"
+        elif b.dtype.kind == "f":
+            absolute, relative, where = _gap(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()), str(name))
+            if (of := _ERRORS.get(str(name))) is not None:
+                relative = absolute / float(np.nanmax(np.abs(expected.data[of].values)))
+            yield absolute, relative, where

@@ -1,0 +1,292 @@
+"""Other libraries run the model: what they read, write and differentiate is what the native engine does."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+import mechinterp as mi
+from mechinterp import sites
+from mechinterp.core.trace import Read
+from mechinterp.engine.backward import backward
+from mechinterp.engine.forward import forward
+from mechinterp.errors import ExamplesError, HookError, ModelError, SiteError
+from mechinterp.model.slices import PATTERN_KINDS
+from mechinterp.sites import Site
+from mechinterp.testing import tiny
+
+IDS = [[3, 5, 7, 9, 11, 2, 8, 4], [4, 6, 9, 2, 5], [3, 5, 7, 9, 11, 2]]
+LOGITS = Read(Site("logits", positions="end"))
+TOLERANCE = 1e-5
+"""Relative to the largest value: ten times what was seen, and a tenth of what the docs promise."""
+BACKENDS = ["transformer_lens", "nnsight"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def tiny_of(family: str, known: dict[str, mi.Model] = {}) -> mi.Model:  # noqa: B006 -- on purpose
+    return known.setdefault(family, tiny(family))
+
+
+def on(family: str, backend: str, known: dict[tuple[str, str], mi.Model] = {}) -> mi.Model:  # noqa: B006
+    if (family, backend) not in known:
+        known[family, backend] = tiny_of(family).with_backend(backend)
+    return known[family, backend]
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+def both(request: pytest.FixtureRequest, backend: str) -> tuple[mi.Model, mi.Model]:
+    """A model, and the same one on a backend."""
+    return tiny_of(request.param), on(request.param, backend)
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def turned(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An edit that no norm undoes, and that takes the router other experts."""
+    if site.kind in PATTERN_KINDS:
+        return lambda value: value * 0.7
+    return (lambda value: -value) if site.kind == "router" else lambda value: 0.7 * value + 0.2 * value.roll(1, -1)
+
+
+def able(model: mi.Model, use: str) -> list[Site]:
+    assert model.backend is not None
+    return [site for site in model.sites if model.backend.lacks(site, use) is None]
+
+
+def test_every_site_is_read_as_it_is(both: tuple[mi.Model, mi.Model]) -> None:
+    """Examples of different lengths, padded on either side."""
+    native, other = both
+    reads = [Read(site) for site in able(other, "read")]
+    assert {r.site for r in reads} == set(native.sites)
+    for side in ("right", "left"):
+        batch = native.tokenize(IDS).batch(range(3), padding_side=side)
+        expected, found = (forward(model, batch, reads).values for model in both)
+        for read in reads:
+            a, b, real = found[read], expected[read], batch.mask
+            assert a.shape == b.shape
+            if read.site.kind in PATTERN_KINDS:
+                real = (real[:, None, :, None] & real[:, None, None, :]).expand_as(b)
+                assert torch.equal(a.isneginf() & real, b.isneginf() & real)
+                real = real & ~b.isneginf()
+            assert off(a[real], b[real]) < TOLERANCE, (read.site, side)
+
+
+def test_every_site_is_written_as_it_is(both: tuple[mi.Model, mi.Model]) -> None:
+    """All of a kind at once, and each of them moves the logits; the router's experts are chosen anew."""
+    native, other = both
+    batch = native.tokenize(IDS).batch(range(3), padding_side="left")
+    base = forward(native, batch, [LOGITS]).values[LOGITS]
+    writable = able(other, "write")
+    lacking = {"router"} if other.backend is not None and other.backend.name == "transformer_lens" else set()
+    assert {site.kind for site in set(native.sites) - set(writable)} <= lacking
+    for kind in {site.kind for site in writable}:
+        writes = [mi.Apply(site, turned(site)) for site in writable if site.kind == kind]
+        expected, found = (forward(model, batch, [LOGITS], writes=writes).values[LOGITS] for model in both)
+        assert off(expected, base) > 1e-3, kind
+        assert off(found, expected) < TOLERANCE, kind
+
+
+def test_gradients_at_every_site(both: tuple[mi.Model, mi.Model]) -> None:
+    native, other = both
+    examples = mi.Examples.of(IDS, answers=[(3, 4), (5, 6), (7, 8)])
+    batch = native.tokenize(examples).batch(range(3))
+    places = [site for site in able(other, "gradient") if site.kind not in ("head_out", "logits")]
+    expected, found = (backward(model, batch, places, mi.logit_diff())[0] for model in both)
+    for read, grad in expected.items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(
+            found[read],
+            grad,
+            atol=TOLERANCE * float(grad.abs().max()),
+            rtol=0.0,
+            msg=lambda m, r=read: f"{r.site}: {m}",
+        )
+
+
+INTERVENTIONS = [
+    mi.Zero(sites.z(1, heads=(0, 3))),
+    mi.Add(sites.resid_mid(1, positions=(1, -1)), 0.5),
+    mi.Scale(sites.mlp_act(2, neurons=(0, 7), positions="end"), 3.0),
+    mi.Knockout(sites.scores(0, positions="end"), (0, 1)),
+    mi.Knockout(sites.scores(1, heads=2), "end"),
+    mi.Noise(sites.embed(positions=0), 0.3),
+    mi.Scale(sites.pattern(2, heads=1, positions=(-1,)), 0.1),
+    mi.Zero(sites.head_out(0, heads=1, positions="end")),
+    mi.Scale(sites.logits(), 2.0),
+]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_interventions(backend: str, side: str) -> None:
+    """At positions, heads and neurons, alone and all together; what is read sees what was written."""
+    models = tiny_of("llama"), on("llama", backend)
+    batch = models[0].tokenize(IDS).batch(range(3), padding_side=side)
+    reads = [LOGITS, *(Read(Site(kind, 2, positions="end")) for kind in ("resid_post", "pattern", "mlp_act"))]
+    for writes in [*([one] for one in INTERVENTIONS), INTERVENTIONS]:
+        expected, found = (forward(model, batch, reads, writes=writes).values for model in models)
+        for read in reads:
+            assert found[read].isfinite().all()
+            assert off(found[read], expected[read]) < TOLERANCE, (writes, read.site)
+
+
+def test_a_block_of_interventions(backend: str) -> None:
+    """In force inside the block alone, nested from the outermost in, and refused when it was never reached."""
+    native, other = tiny_of("llama"), on("llama", backend)
+    plain = other.trace(IDS, "logits")["logits"]
+    outer, inner = mi.Scale(sites.resid_post(0), 2.0), mi.Add(sites.resid_post(0), 1.0)
+    found = []
+    for model in (native, other):
+        with model.intervene(outer), model.intervene(inner):
+            found.append(model.trace(IDS, sites.logits(positions="end"))["logits"])
+            assert model.in_force() == ([(outer.site, outer), (inner.site, inner)], False)
+    assert off(found[1], found[0]) < TOLERANCE
+    assert torch.equal(other.trace(IDS, "logits")["logits"], plain)
+    with pytest.raises(ZeroDivisionError), other.intervene(outer):
+        raise ZeroDivisionError
+    assert other.standing == []
+    with (
+        pytest.raises(HookError, match=r"Zero at z.0@20 was never reached in 1"),
+        other.intervene(mi.Zero(sites.z(0, positions=20))),
+    ):
+        other.trace(IDS, "embed")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_inside_a_pass_is_the_users_own_and_leaves_nothing_behind(backend: str, error: type) -> None:
+    other = on("llama", backend)
+    plain = other.trace(IDS, "logits")["logits"]
+
+    def fail(value: torch.Tensor) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(error):
+        other.trace(IDS, "logits", interventions=mi.Apply(sites.z(1), fail))
+    assert torch.equal(other.trace(IDS, "logits")["logits"], plain)
+    with pytest.raises(ExamplesError, match="position 6 is outside example 1"):
+        other.trace(IDS, sites.z(1, positions=6))
+
+
+def test_weights_are_shared_and_the_model_is_left_alone(backend: str) -> None:
+    model = tiny("qwen3")
+    before = {name: type(module) for name, module in model.hf.named_modules()}
+    logits = model.trace(IDS, "logits")["logits"]
+    other = model.with_backend(backend)
+    assert {name: type(module) for name, module in model.hf.named_modules()} == before
+    assert other.fingerprint == model.fingerprint and model.kernel == "sdpa"
+    other.trace(IDS, "pattern")
+    assert torch.equal(model.trace(IDS, "logits")["logits"], logits)
+    with torch.no_grad():
+        model.hf.model.layers[0].mlp.up_proj.weight.mul_(2.0)
+    assert off(other.trace(IDS, "logits")["logits"][0], model.trace(IDS, "logits")["logits"][0]) < TOLERANCE
+    assert "run by " + backend in repr(other) and other.with_backend("native").backend is None
+
+
+ANALYZERS = [
+    mi.LogitLens(),
+    mi.HeadRoles(sequences=2, length=6),
+    mi.Hotspots(pairs=3),
+    mi.AttributionPatching("z", heads="each"),
+    mi.EdgeAttribution("eap-ig-inputs", steps=2),
+    mi.ActivationPatching("resid_pre", positions=("S2", "end")),
+    mi.PathPatching("logits", "attn_out", positions=("S2", "end")),
+    mi.Ablation("z", "resample", heads=((1, 2),), layers=(0, 2)),
+    mi.CausalTracing("S1", ("states",), copies=1, window=2, layers=(1,), skip_wrong=False),
+]
+
+
+@pytest.mark.parametrize("analyzer", ANALYZERS, ids=lambda a: a.name)
+def test_analyzers_run_unchanged(analyzer: mi.Analyzer, backend: str) -> None:
+    """Of every kind: forward, backward and sweep; on examples of two lengths, in batches of two."""
+    pairs = mi.tasks.ioi(n=3, seed=0)
+    native, other = tiny_of("llama"), on("llama", backend)
+    expected, found = (mi.run(model, pairs, analyzer, batch_size=2) for model in (native, other))
+    assert found.meta["backend"].startswith(backend) and expected.meta["backend"] == "native"
+    for name, value in expected.data.data_vars.items():
+        if value.dtype.kind == "f" and bool(np.isfinite(value.values).any()):
+            scale = float(np.nanmax(np.abs(value.values)))
+            np.testing.assert_allclose(found.data[name].values, value.values, atol=1e-4 * scale, rtol=0, err_msg=name)
+
+
+def test_a_sweep_takes_whole_passes_and_says_so(backend: str) -> None:
+    plan = mi.plan(on("llama", backend), mi.tasks.ioi(n=1, seed=0), mi.ActivationPatching("resid_pre"))
+    assert f"{backend} runs the model, a whole pass at a time" in str(plan)
+
+
+def test_what_a_backend_lacks_is_refused_by_name(backend: str) -> None:
+    other = on("qwen3_moe", backend)
+    again = rf"by the backend '{backend}'.*use backend='native', which can \(model.with_backend\('native'\)\)"
+    with pytest.raises(SiteError, match=rf"k.0 cannot be read per query head {again}"):
+        other.trace(IDS, sites.k(0, per_query_head=True))
+    with pytest.raises(SiteError, match=rf"v.1 cannot be written per query head {again}"):
+        other.trace(IDS, "logits", interventions=mi.Zero(sites.v(1, per_query_head=True)))
+    with pytest.raises(SiteError, match=rf"EdgeAttribution: k.0 cannot be differentiated per query head {again}"):
+        mi.run(other, mi.tasks.ioi(n=1), mi.EdgeAttribution("eap", ungrouped=True))
+    with pytest.raises(SiteError, match=r"mlp_act.0 does not exist: the 6 experts are fused"):
+        other.trace(IDS, sites.mlp_act(0))
+    with pytest.raises(
+        ModelError, match=rf"the backend '{backend}' is not asked for; use model.with_backend\('native'"
+    ):
+        other.generate("A", max_new_tokens=2)
+    if backend == "transformer_lens":
+        for use in (lambda: other.trace(IDS, "logits", interventions=mi.Zero(sites.router(0))),):
+            with pytest.raises(SiteError, match=r"router.0 cannot be written .* after the experts were chosen"):
+                use()
+
+
+def test_backends_that_there_are(llama: mi.Model) -> None:
+    with pytest.raises(ModelError, match=r"must be one of 'native', 'transformer_lens', 'nnsight'. Got 'tl'"):
+        llama.with_backend("tl")
+    with pytest.raises(ModelError, match=r"TransformerLens cannot wrap tiny-llama \(LlamaForSequenceClassification\)"):
+        tiny("llama", num_labels=2).with_backend("transformer_lens")
+    classifier = tiny("llama", num_labels=2)
+    expected, found = (m.trace(IDS, "logits")["logits"] for m in (classifier, classifier.with_backend("nnsight")))
+    assert off(found[0], expected[0]) < TOLERANCE
+
+
+def test_a_bridge_that_exists_already() -> None:
+    """It is run as it is, with the hooks that its owner added, and its weights are seen by head."""
+    native = tiny_of("qwen3")
+    other = on("qwen3", "transformer_lens")
+    bridge = other.backend.bridge  # type: ignore[union-attr]
+    for model in (mi.Model.wrap(bridge, native.tokenizer), mi.Model.load(bridge)):
+        assert model.backend is not None and model.backend.bridge is bridge  # type: ignore[attr-defined]
+        theirs = dict(native.hf.named_parameters())
+        assert all(tensor is theirs[name] for name, tensor in model.hf.named_parameters())
+        assert off(model.trace(IDS[:1], "logits")["logits"], native.trace(IDS[:1], "logits")["logits"]) < TOLERANCE
+        alone = model.with_backend("native").trace(IDS[:1], "logits")["logits"]
+        assert off(alone, native.trace(IDS[:1], "logits")["logits"]) < TOLERANCE
+    seen: list[str] = []
+    with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda value, hook: seen.append(hook.name))]):
+        model.trace(IDS, "logits")
+    assert seen
+    bridge.compatibility_mode = True
+    try:
+        with pytest.raises(ModelError, match="compatibility mode, which folds norms into weights"):
+            mi.Model.wrap(bridge)
+    finally:
+        bridge.compatibility_mode = False
+
+
+def test_an_nnsight_model_that_exists_already() -> None:
+    """With the attention that it has: without eager attention it has no patterns, and says so."""
+    from nnsight import NNsight
+
+    native = tiny_of("llama")
+    hf = copy.deepcopy(native.hf)
+    envoy = NNsight(hf)
+    model = mi.Model.load(envoy)
+    assert model.hf is hf and model.backend is not None and model.backend.envoy is envoy  # type: ignore[attr-defined]
+    expected = native.trace(IDS, ["z", "logits"])
+    found = model.trace(IDS, ["z", "logits"])
+    for site in expected:
+        assert off(found[site][0], expected[site][0]) < TOLERANCE
+    with pytest.raises(SiteError, match=r"pattern.1 cannot be read .* make the model with attn_implementation='eager'"):
+        model.trace(IDS, sites.pattern(1))
