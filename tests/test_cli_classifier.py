@@ -60,6 +60,10 @@ def test_trajectory_and_spurious(folder: Path, texts: Path, tmp_path: Path) -> N
     assert done.exit_code == 0, done.output
     kinds = mi.Result.load(tmp_path / "odd" / "results" / "spurious-patterns").data["kind"].values.tolist()
     assert "code" in kinds and "identifier" not in kinds
+    said = json.loads((tmp_path / "odd" / "manifest.json").read_text(encoding="utf-8"))
+    assert [one["kind"] for one in said["suspects"]] == kinds
+    assert {"suspect", "texts", "lift", "lift_q", "effect", "effect_q", "warning"} <= set(said["suspects"][0])
+    assert {"word", "word_side", "word_lift"} <= set(said["words"][0])
 
 
 def test_report(folder: Path, texts: Path, tmp_path: Path) -> None:
@@ -67,6 +71,8 @@ def test_report(folder: Path, texts: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "Accuracy" in done.stdout and "warning" in done.stdout.lower()
     assert len(list((tmp_path / "out" / "results").iterdir())) == 7
+    said = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert said["suspects"] and len(said["high_scores"]) == len(said["high_steps"]) == 40
 
 
 def test_texts_over_the_context(folder: Path, tmp_path: Path) -> None:

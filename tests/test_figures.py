@@ -272,6 +272,18 @@ def test_bars_begin_at_the_centre_and_are_those_farthest_from_it() -> None:
         assert patch.get_x() + patch.get_width() == pytest.approx(value)
 
 
+def test_bars_that_a_view_marks_are_dark() -> None:
+    columns = {"value": ("word", [3.0, 2.0, -1.0]), "warning": ("word", [False, True, False])}
+    result = mi.Result(xr.Dataset(columns, {"word": ["end", "code", "date"]}), {})
+    shown = panel(result, mi.View("bars", "value", "word", mark="warning"))
+    assert isinstance(shown, Bars) and shown.solid.tolist() == [False, True, False] and "dark: warning" in shown.note
+    none = panel(
+        mi.Result(result.data.assign(warning=("word", [False] * 3)), {}),
+        mi.View("bars", "value", "word", mark="warning"),
+    )
+    assert isinstance(none, Bars) and not none.solid.any() and "dark: warning (none)" in none.note
+
+
 def test_counts_have_no_halves_and_a_difference_stays_on_its_line() -> None:
     data = xr.Dataset({"heads": ("category", [3, 0])}, {"category": ["risk", "filler"]})
     title = "Specialised heads by category, when correct - when incorrect, 1 → 2"

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import textwrap
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,7 +128,10 @@ def spurious(
         model = _load(base, adapter, head, config, label, dtype, device)
         examples = mi.Examples.of(_cut(model, texts, too_long))
         asked = mi.SpuriousPatterns(target, patterns=patterns, test=test.value, seed=seed)
-        _write(model, mi.run(model, examples, [asked], progress=True), out, f"Spurious patterns: {file.name}")
+        from mechinterp.studies.classifier import suspected
+
+        found = mi.run(model, examples, [asked], progress=True)
+        _write(model, found, out, f"Spurious patterns: {file.name}", suspected(found[0]))
 
 
 @app.command()
@@ -213,7 +217,9 @@ def _patterns(given: list[str] | None) -> dict[str, str]:
     return out
 
 
-def _write(model: "mi.Model", results: "list[mi.Result]", out: Path, title: str) -> None:
+def _write(
+    model: "mi.Model", results: "list[mi.Result]", out: Path, title: str, more: Mapping[str, Any] | None = None
+) -> None:
     from mechinterp.engine.runner import provenance
     from mechinterp.report.study import write_study
     from mechinterp.report.trajectory import trajectory_picker
@@ -223,5 +229,5 @@ def _write(model: "mi.Model", results: "list[mi.Result]", out: Path, title: str)
         if "line_change" in result.data:
             drawings["Trajectories"] = trajectory_picker(result)
         typer.echo(f"{result.meta['analyzer']}\n{result.table().head(20).to_string(index=False)}\n")
-    about = {**provenance(model), "command": shlex.join(["mechinterp", *sys.argv[1:]])}
+    about = {**provenance(model), **(more or {}), "command": shlex.join(["mechinterp", *sys.argv[1:]])}
     typer.echo(f"report: {write_study(out, title, results, plan='', manifest=about, drawings=drawings)}")

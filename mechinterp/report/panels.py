@@ -126,7 +126,7 @@ class Bars:
     names: tuple[str, ...]
     values: Numbers
     solid: npt.NDArray[np.bool_]
-    """False where q ≥ .05: drawn paler."""
+    """False where q ≥ .05, or where the view marks others: drawn paler."""
     low: Numbers | None = None
     high: Numbers | None = None
     center: float = 0.0
@@ -433,11 +433,16 @@ def _bars(frame: pd.DataFrame, view: View) -> Bars:
     of = f"largest {len(order)} of {len(x)}" if len(order) < len(x) else ""
     if q is not None and not np.isfinite(q).any():  # too few examples for any test
         q = None
+    solid = np.ones(len(x), bool) if q is None else np.nan_to_num(q, nan=1.0) < ALPHA
+    pale = "" if q is None else "pale: q ≥ .05"
+    if view.mark and (marked := cells.own(view.mark)) is not None:
+        solid, mark = np.nan_to_num(marked) > 0, view.mark.replace("_", " ")
+        pale = f"dark: {mark}" if solid.any() else f"dark: {mark} (none)"
     notes = [
         of,
         f"bars begin at {center:g}" if center else "",
         "" if low is None else "whiskers: 95% interval",
-        "" if q is None else "pale: q ≥ .05",
+        pale,
     ]
     return Bars(
         title=view.title or f"{view.value} by {view.x}",
@@ -445,7 +450,7 @@ def _bars(frame: pd.DataFrame, view: View) -> Bars:
         label=view.unit or view.value,
         names=tuple(_names(x)[i] for i in order),
         values=values[order],
-        solid=np.ones(len(order), bool) if q is None else np.nan_to_num(q[order], nan=1.0) < ALPHA,
+        solid=solid[order],
         low=None if low is None else low[order],
         high=None if high is None else high[order],
         center=center,

@@ -1,5 +1,6 @@
 """A classifier on a language model, looked at whole: its weights, its way through texts, what it should not use."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -86,12 +87,16 @@ class ClassifierReport:
     ) -> Path:
         """The whole as one page with its tables, figures and results; an earlier one there is replaced.
 
+        ``manifest.json`` has the suspects, the words of high and low scores and the tokens there as records.
+
         Raises:
             OutputError: the folder holds something else, or cannot be written.
         """
         shown = self.results["trajectory"]
         few = Result(shown.data.isel(example=slice(SHOWN)), shown.meta, ())
-        about = {**self.about, "texts": len(self.texts), "label": self.label, **(manifest or {})}
+        about = {**self.about, "texts": len(self.texts), "label": self.label, **suspected(self.results["spurious"])}
+        about |= {name: _records(self.results[name], "value") for name in ("high_scores", "high_steps")}
+        about |= manifest or {}
         about["created"] = datetime.now(UTC).isoformat(timespec="seconds")
         return write_study(
             folder, title, list(self.results.values()), plan="", manifest=about, summary=self.summary(),
@@ -157,6 +162,16 @@ def classifier_report(
         results["scores"] = scored(model, labelling, log_probs, right, seed)
     told = tuple(text if isinstance(text, str) else repr(text) for text in raw.texts)
     return ClassifierReport(told, names[one], results, provenance(model))
+
+
+def suspected(spurious: Result) -> dict[str, list[dict[str, Any]]]:
+    """What `SpuriousPatterns` found, for JSON: ``suspects``, and ``words`` by lift on either side."""
+    return {"suspects": _records(spurious, "effect"), "words": _records(spurious, "word_lift")}
+
+
+def _records(result: Result, column: str) -> list[dict[str, Any]]:
+    """The table with this column, one mapping a row; none where nothing was found."""
+    return json.loads(result.table(column).to_json(orient="records")) if column in result.data else []
 
 
 def shorten(model: Model, texts: Sequence[str], keep: Literal["start", "end"] = "end") -> tuple[list[str], int]:
