@@ -171,7 +171,7 @@ def suspected(spurious: Result) -> dict[str, list[dict[str, Any]]]:
 
 def _records(result: Result, column: str) -> list[dict[str, Any]]:
     """The table with this column, one mapping a row; none where nothing was found."""
-    return json.loads(result.table(column).to_json(orient="records")) if column in result.data else []
+    return json.loads(str(result.table(column).to_json(orient="records"))) if column in result.data else []
 
 
 def shorten(model: Model, texts: Sequence[str], keep: Literal["start", "end"] = "end") -> tuple[list[str], int]:
