@@ -41,7 +41,7 @@ TASKS = (
     *("subject_number", "voice", "attractors"),
 )
 """The tasks of grammar and sentiment that are probed by default, as far as there are labels."""
-SENTENCES = 400
+SENTENCES = 144
 
 
 class Pooling(StrEnum):
