@@ -165,6 +165,9 @@ def test_a_planted_code_is_named_and_nothing_else(plant: bool, tmp_path: Path) -
     assert named == ([PLANTED.lower()] if plant else [])
     assert not any(risk in line for line in report.warnings for risk in RISKS)
     assert len(report.warnings) == plant
+    (last,) = [line for line in report.summary() if "arning: " in line]
+    least = data["effect"].values[(data["effect_q"].values < 0.05) & (np.abs(data["effect"].values) >= 0.2)]
+    assert plant or ("Used, but not surely more frequent" in last) == bool(len(least))
     if plant:
         effect = float(data["effect"].values[data["suspect"].values.tolist().index(PLANTED.lower())])
         assert effect > 0.3

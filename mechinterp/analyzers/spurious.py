@@ -373,6 +373,7 @@ def _result(
     model = context.model
     label = model.to_str_outputs([number(model, asked.label)])[0]
     meta = {"label": label, "texts": len(found.term), "test": asked.test, "by": asked.by, "warnings": int(warned.sum())}
+    meta |= {"effect": asked.effect, "level": asked.level}
     unit = f"change of log-odds of {label}, nats"
     views = (View("bars", "effect", "suspect", mark="warning", title="What each suspect adds", unit=unit),)
     return Result(table, meta, views if suspects else ())

@@ -77,10 +77,25 @@ class ClassifierReport:
         order = np.argsort(-np.abs(parts["mean"].values))[:5]
         named = ", ".join(f"{parts['component'].values[i]} {float(parts['mean'].values[i]):+.2f}" for i in order)
         out.append(f"Most of the log-odds of {self.label} is written by {named} (nats, mean over texts).")
-        tested = self.results["spurious"].data.sizes.get("suspect", 0)
-        if not self.warnings:
-            return [*out, f"No warning: of {count(tested, 'suspect')} none is used (see the table)."]
-        return [*out, *(f"Warning: {line}" for line in self.warnings)]
+        if self.warnings:
+            return [*out, *(f"Warning: {line}" for line in self.warnings)]
+        spurious: Any = self.results["spurious"].data
+        said = (
+            f"No warning: of {count(spurious.sizes.get('suspect', 0), 'suspect')} none is both surely more frequent at"
+            " high or low scores and used."
+        )
+        if used := self._used():
+            said += f" Used, but not surely more frequent there, in {count(len(self.texts), 'text')}: {used}."
+        return [*out, said]
+
+    def _used(self) -> str:
+        """Suspects that move the log-odds, with what they add."""
+        result = self.results["spurious"]
+        rows = _records(result, "effect")
+        least, level = result.meta["effect"], result.meta["level"]
+        known = [row for row in rows if row["effect_q"] is not None]
+        moved = [row for row in known if row["effect_q"] < level and abs(row["effect"]) >= least]
+        return ", ".join(f"{row['suspect']} {row['effect']:+.2f}" for row in moved)
 
     def write(
         self, folder: str | Path, *, title: str = "Classifier report", manifest: Mapping[str, Any] | None = None
