@@ -56,6 +56,25 @@ def test_selected_gradients_are_slices(model: mi.Model, ids: list[list[int]]) ->
     torch.testing.assert_close(grads[Read(some[1])], grads[Read(whole[1])][:, [1, 3]][:, :, [0, 2]])
 
 
+def test_the_last_mlp_sees_what_the_metric_needs(model: mi.Model, ids: list[list[int]]) -> None:
+    """And all tokens where somebody looks; the gradients are the same."""
+    batch, seen = model.tokenize(examples(ids)).batch(range(3)), list[int]()
+    last = model.dims.n_layers - 1
+    where = [Site("embed"), Site("z", last), Site("resid_pre", last)]
+    few, _ = backward(model, batch, where, mi.logit_diff())
+    norm = model.hf.get_submodule(model.arch.layer(last)).post_attention_layernorm
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output.shape[-2]))
+    try:
+        whole, _ = backward(model, batch, where, mi.logit_diff())
+    finally:
+        handle.remove()
+    late, _ = backward(model, batch, [*where, Site("mlp_out", last)], mi.logit_diff())
+    assert seen == [batch.ids.shape[1]] and late[Read(Site("mlp_out", last))].shape[1] == batch.ids.shape[1]
+    for site in where:
+        torch.testing.assert_close(few[Read(site)], whole[Read(site)], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(late[Read(site)], whole[Read(site)], atol=1e-6, rtol=1e-4)
+
+
 def test_weights_keep_no_gradient(model: mi.Model, ids: list[list[int]]) -> None:
     batch = model.tokenize(examples(ids)).batch(range(3))
     backward(model, batch, [Site("resid_pre", 1)], mi.answer_logit())

@@ -110,7 +110,8 @@ def a_sweep(data: st.DataObject, model: mi.Model, batch: TokenBatch) -> mi.Sweep
     base, source = data.draw(st.permutations(["clean", "corrupted"])) if not given else ("clean", "clean")
     if form == "edits":
         lengths = batch.lengths.tolist()
-        edits = tuple(tuple(an_edit(data, row, n) for _ in range(4)) for row, n in enumerate(lengths))
+        several = data.draw(st.sampled_from([1, 4]))  # of one, the base run goes along
+        edits = tuple(tuple(an_edit(data, row, n) for _ in range(several)) for row, n in enumerate(lengths))
         return mi.Sweep(metric, base=base, edits=edits)
     reads = tuple(a_site(data, model) for _ in range(data.draw(st.sampled_from([0, 0, 1, 2]))))
     chosen = None if reads and data.draw(st.booleans()) else metric

@@ -5,6 +5,7 @@ returns parts (`Part`), and combines them into a `Result` or into the analyzer o
 Neither side imports the other: all that they share is in this file.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -32,6 +33,9 @@ Writes: TypeAlias = Callable[[Site], Intervention]
 Chosen: TypeAlias = str | tuple[int | tuple[int, ...], ...] | None
 
 
+_legendre = functools.cache(np.polynomial.legendre.leggauss)
+
+
 @dataclass(frozen=True)
 class Path:
     """A straight line between a baseline embedding and a run's own: the path of integrated gradients.
@@ -56,7 +60,7 @@ class Path:
     @classmethod
     def of(cls, baseline: Baseline, steps: int, positions: str | None = None) -> "Path":
         """The mean over the whole line, by Gauss-Legendre quadrature with so many points."""
-        at, weights = np.polynomial.legendre.leggauss(steps)
+        at, weights = _legendre(steps)
         return cls(baseline, tuple(((at + 1) / 2).tolist()), tuple((weights / 2).tolist()), positions)
 
 

@@ -1,6 +1,6 @@
 """The backward verb: gradients of a metric at any sites, one backward per distinct metric and run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, real, select
 from mechinterp.sites import Site, resolve
 
-TOGETHER = 1 << 9
+TOGETHER = 1 << 11
 """Tokens of several points of a path that are differentiated at once: more are no faster, and take more memory."""
 KEPT = 1 << 26
 """Bytes of gradients that one analyzer alone wants, and that are kept while it looks at others."""
@@ -55,12 +55,15 @@ def backward(
         head: Any = model.hf.get_submodule(model.arch.unembed)
         # Somebody writes logits, or another library runs the model: then it makes them itself.
         written = bool(head._forward_hooks) or model.backend is not None
-        last = Read(metric.site.whole if metric.site else Site("logits") if written else FINAL_NORM)
+        sooner = not written and _nothing_late(model, metric, [*sites, *(r.site for r in reads)], writes)
+        end = Site("logits") if written else _before_last_mlp(model) if sooner else FINAL_NORM
+        last = Read(metric.site.whole if metric.site else end)
         stop = last.site
         taken = list(dict.fromkeys([last, *reads]))
         seen = passing(model, batch, taken, writes, places, stop)
         values = {read: seen.values[read].detach() for read in reads}
         final = select(seen.values[last], last.site, batch.where(metric.positions))
+        final = _after_last_mlp(model, final) if sooner else final
         rows = metric.rows(batch)
         chosen = final if rows is None or not written else final[..., rows]
         logits = chosen if written or metric.site else model.unembed(final, rows)
@@ -85,6 +88,33 @@ def backward(
         part = select(grad, site, batch.where(site.positions))
         out[Read(site)] = part.transpose(1, 2) if site.kind in PATTERN_KINDS and part.ndim == 4 else part
     return out, values
+
+
+def _last_layer(model: Model) -> str:
+    return model.arch.layer(model.dims.n_layers - 1)
+
+
+def _before_last_mlp(model: Model) -> Site:
+    return Site("resid_mid", model.dims.n_layers - 1)
+
+
+def _nothing_late(model: Model, metric: Metric, sites: Iterable[Site], writes: Iterable[Intervention]) -> bool:
+    """Whether nobody looks after the last attention, so that the metric's positions alone need go on from there."""
+    before, arch = _before_last_mlp(model), model.arch
+    written = (site for write in writes for site in resolve(write.site, model.dims.n_layers))
+    if metric.site or metric.positions is None or any(site.order >= before.order for site in (*sites, *written)):
+        return False
+    tops = [model.hf.get_submodule(name) for name in (_last_layer(model), f"{arch.base}.{arch.norm}")]
+    return not any(module._forward_hooks or module._forward_pre_hooks for top in tops for module in top.modules())
+
+
+def _after_last_mlp(model: Model, mid: Tensor) -> Tensor:
+    """The final norm's output of what the last layer's attention has left."""
+    arch = model.arch
+    layer: Any = model.hf.get_submodule(_last_layer(model))
+    norm: Any = model.hf.get_submodule(f"{arch.base}.{arch.norm}")
+    flat = mid.reshape(1, -1, mid.shape[-1])
+    return norm(flat + layer.mlp(layer.post_attention_layernorm(flat))).view(mid.shape)
 
 
 def along(

@@ -111,8 +111,16 @@ class Cells:
             columns, valid = self.columns(where)
             return columns[rows.example], valid[rows.example]
         columns, valid = _columns(self.edited, where)
-        at = self.place[rows.example, rows.cell]
-        return columns[at], valid[at]
+        at, own = self.placed(rows)
+        columns, valid = columns[at], valid[at]
+        if own.any():  # one column, which is all that a run must be asked for to go along
+            columns[own], valid[own] = (each[rows.example[own]] for each in self.columns(where))
+        return columns, valid
+
+    def placed(self, rows: Rows) -> tuple[Ints, Bools]:
+        """Where in `edited` each row is, and which rows are no edited input but an unedited run that goes along."""
+        own = rows.cell >= self.grid.rows
+        return self.place[rows.example, np.where(own, 0, rows.cell)], own
 
     def of_cell(self, cells: Ints) -> tuple[Ints, Ints, Ints]:
         """Numbers of the group, the position and the part of each cell."""
@@ -222,10 +230,12 @@ class Cells:
 
         Edited inputs that begin alike carry the common columns once: a tree of tokens. In order of their tokens, a
         row has more in common with its neighbour than with any before it. -1 is what the base run carries; None
-        stands for rows that carry all from their start on, as for a metric of every position they must.
+        stands for rows that carry all from their start on, as for a metric of every position they must, and as one
+        edited input of each example does.
         """
         metric = self.sweep.metric
-        if self.edited is None or not len(rows) or metric is None or metric.positions is None:
+        alone = len(rows) == 0 or np.bincount(rows.example[rows.cell < self.grid.rows]).max() == 1
+        if self.edited is None or alone or metric is None or metric.positions is None:
             return rows.take(rows.neighbours()), None
         width, begin = int(rows.length.max()), int(rows.start.min())
         codes = self._codes(self.edited)[self.place[rows.example, rows.cell], :width]

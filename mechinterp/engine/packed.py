@@ -268,7 +268,7 @@ class _Sweeping(Runs):
         skip: bool,
         known: Known | None = None,
     ) -> None:
-        super().__init__(model, batch, sweep, width, tick, {} if known is None else known)
+        super().__init__(model, batch, sweep, width, tick, known)
         self.budget, self.skip = budget, skip
         self.values: Tensor | None = None
         """The metric of every row, ``example cell``."""

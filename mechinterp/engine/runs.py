@@ -64,10 +64,12 @@ class Runs(Cells):
         sweep: Sweep,
         width: int,
         tick: Callable[[str, int], None],
-        known: Known,
+        known: Known | None,
     ) -> None:
         super().__init__(model, batch, sweep, width)
-        self.tick, self.known = tick, known
+        self.tick, self.shared = tick, known is not None
+        """Whether the unedited runs are kept for another sweep of edits."""
+        self.known: Known = {} if known is None else known
         self.device = batch.ids.device
         self.held = resolve(sweep.held, model.dims.n_layers)
         self.reads: dict[Site, Tensor] = {}
@@ -80,30 +82,34 @@ class Runs(Cells):
     def board(self, rows: Rows, room: int, skip: bool) -> Rows:
         """Give the base and the source run a place among the rows, in front, where that is cheaper and changes nothing.
 
-        A pass of few tokens costs what reading the weights costs, which the rows pay anyway.
+        A pass of few tokens costs what reading the weights costs, which the rows pay anyway. Where an example has
+        several edited inputs, its base run is made before: they may share more of it than they carry.
 
         Args:
             room: tokens that may be in flight.
         """
         model, sweep, metric = self.model, self.sweep, self.sweep.metric
         patched, edited = self._sites()
-        if metric is None or edited or not sweep.patches or not self._plain(metric):
-            return rows
-        first = self._first_difference() if skip else np.zeros_like(self.lengths)
-        columns, _ = self.columns(metric.positions)
-        starts = np.zeros_like(self.lengths), np.minimum(first, columns.min(1))
-        size = sum(int((self.lengths - start).sum()) for start in starts) + int((rows.length - rows.start).sum())
-        if size > room or any(site.kind in PATTERN_KINDS for site in patched):
+        alone = sweep.edits and len(rows) and not self.shared and np.bincount(rows.example).max() == 1
+        if metric is None or edited or not (sweep.patches or alone) or not self._plain(metric):
             return rows
         kept, nothing = self._caches(), np.zeros_like(self.lengths)
         if (rows.enters == (n := model.dims.n_layers)).any():
             kept.append(Site("resid_post", n - 1))
-        runs = ((sweep.base, kept, starts[0]), (sweep.source, patched, starts[1]))
+        runs = [(sweep.base, kept, nothing)]
+        if sweep.patches:
+            first = self._first_difference() if skip else nothing
+            columns, _ = self.columns(metric.positions)
+            runs.append((sweep.source, patched, np.minimum(first, columns.min(1))))
+        size = sum(int((self.lengths - start).sum()) for *_, start in runs) + int((rows.length - rows.start).sum())
+        if size > room or any(site.kind in PATTERN_KINDS for site in patched):
+            return rows
         self.along = tuple(
             Along.of(model, self.batch.run(run), metric, self.grid.rows + i, dict.fromkeys(sites))
             for i, (run, sites, _) in enumerate(runs)
         )
-        self.base, self.source = (each.passed for each in self.along)
+        self.base, *others = (each.passed for each in self.along)
+        self.source = others[0] if others else None
         every = np.arange(len(self.lengths))
         riders = [
             Rows(nothing + run.cell, every, start, self.lengths, self.lengths, nothing, nothing == 0)
@@ -198,10 +204,14 @@ class Runs(Cells):
                 own = self.tensor(rows.cell[which] == run.cell)
                 out[own] = run.values[Read(Site("embed"))][example[own], column[own]]
             return out
-        place = self.tensor(self.place[rows.example, rows.cell][which]), self.tensor(columns)
+        at, own = (each[which] for each in self.placed(rows))
+        out = self.residual(0).new_empty(len(at), self.model.dims.d_model)
+        place, mine = (self.tensor(at[~own]), self.tensor(columns[~own])), self.tensor(own)
         embed: Any = self.model.hf.get_submodule(f"{self.model.arch.base}.{self.model.arch.embed}")
         blanks: dict[Baseline, Tensor] = {name: blank[place] for name, blank in self.edited.blanks.items()}
-        return self.model.blanked(embed(self.edited.ids[place][None])[0], blanks)
+        out[~mine] = self.model.blanked(embed(self.edited.ids[place][None])[0], blanks)
+        out[mine] = self.residual(0)[self.tensor(rows.example[which][own]), self.tensor(columns[own])]
+        return out
 
     def tensor(self, numbers: Any) -> Tensor:
         return torch.as_tensor(numbers, device=self.device)
