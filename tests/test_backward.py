@@ -71,8 +71,8 @@ def test_the_last_mlp_sees_what_the_metric_needs(model: mi.Model, ids: list[list
     late, _ = backward(model, batch, [*where, Site("mlp_out", last)], mi.logit_diff())
     assert seen == [batch.ids.shape[1]] and late[Read(Site("mlp_out", last))].shape[1] == batch.ids.shape[1]
     for site in where:
-        torch.testing.assert_close(few[Read(site)], whole[Read(site)], atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(late[Read(site)], whole[Read(site)], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(few[Read(site)], whole[Read(site)], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(late[Read(site)], whole[Read(site)], atol=1e-5, rtol=1e-3)
 
 
 def test_weights_keep_no_gradient(model: mi.Model, ids: list[list[int]]) -> None:
@@ -190,3 +190,25 @@ def test_a_path_is_the_weighted_sum_of_its_points(
             point = mi.Apply(sites.embed(), lambda own, share=share: torch.lerp(base.expand_as(own), own, share))
             expected += weight * backward(model, batch, [site], mi.logit_diff(), writes=[point])[0][Read(site)]
         torch.testing.assert_close(found[Read(site)], expected, atol=1e-5, rtol=1e-3)
+
+
+def test_a_path_takes_fewer_points_where_memory_runs_out(
+    model: mi.Model, ids: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mechinterp.engine.backward as module
+
+    batch, path = model.tokenize(examples(ids)).batch(range(3)), Path.of("mean", 5)
+    expected = along(model, batch, [Site("embed")], mi.logit_diff(), path)
+    sizes: list[int] = []
+    made = module.backward
+
+    def small(one: mi.Model, some: mi.TokenBatch, *args: object, **kwargs: object) -> object:
+        sizes.append(len(some))
+        if len(some) > 4:
+            raise torch.OutOfMemoryError("tried to allocate memory")
+        return made(one, some, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(module, "backward", small)
+    found = along(model, batch, [Site("embed")], mi.logit_diff(), path)
+    assert sizes == [15, 7, 3, 3, 3, 3, 3]
+    torch.testing.assert_close(found[Read(Site("embed"))], expected[Read(Site("embed"))], atol=1e-5, rtol=1e-3)

@@ -12,7 +12,7 @@ from mechinterp.core.interventions import Apply, Intervention
 from mechinterp.core.metrics import Metric
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Run, Trace
-from mechinterp.engine.forward import FINAL_NORM, Passed, passing
+from mechinterp.engine.forward import FINAL_NORM, Passed, out_of_memory, passing
 from mechinterp.errors import NeedsError
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS, real, select
@@ -128,13 +128,16 @@ def along(
     writes: Sequence[Intervention] = (),
     tick: Callable[[], None] = lambda: None,
 ) -> Mapping[Read, Tensor]:
-    """The weighted sum of gradients at the points of a path; many points of many examples in one pass."""
+    """The weighted sum of gradients at the points of a path; many points of many examples in one pass.
+
+    Half as many at once, and half again, when memory runs out.
+    """
     total: dict[Read, Tensor] = {}
     baseline = model.baseline(path.baseline)
     every = [(point, example) for example in range(len(batch)) for point in range(len(path.shares))]
     size = _points_at_once(batch.ids.shape[1])
-    for begin in range(0, len(every), size):
-        points, examples = zip(*every[begin : begin + size], strict=True)
+    while every:
+        points, examples = zip(*every[:size], strict=True)
         some = batch.take(examples)
         shares, weights = (
             torch.tensor([of[point] for point in points], device=model.device) for of in (path.shares, path.weights)
@@ -143,7 +146,14 @@ def along(
         against = None
         if reference is not None:
             against = Passed({}, {metric: reference.logits[metric][list(examples)]}, reference.rows)
-        grads, _ = backward(model, some, sites, metric, against, writes=[here, *writes])
+        try:
+            grads, _ = backward(model, some, sites, metric, against, writes=[here, *writes])
+        except (RuntimeError, MemoryError) as error:
+            if len(points) == 1 or not out_of_memory(error):
+                raise
+            size = len(points) // 2
+            continue
+        del every[:size]
         tick()
         where = torch.tensor(examples, device=model.device)
         for read, grad in grads.items():
