@@ -214,6 +214,9 @@ def _report(
         title = f"Labels and predictions at {best}, the site of the highest accuracy"
         view = View("heatmap", "confusion", "prediction", "label", select={"site": best}, unit="units", title=title)
         views.append(view)
+    if "mdl" in found[0]:
+        title = "Compression of the labels by online coding (1: nothing is read)"
+        views.append(View("lines", "compression", "site", title=title, unit="uniform code length / code length"))
     return Result(xr.Dataset(variables, coords), meta, tuple(views))
 
 

@@ -280,10 +280,16 @@ def _plotly_lines(figure: go.Figure, lines: Lines) -> tuple[int, int]:
         figure.update_xaxes(categoryorder="array", categoryarray=names, automargin=True)
         if lines.joined:
             shown = [names[i] for i in lines.ticks]
-            figure.update_xaxes(tickmode="array", tickvals=shown, ticktext=shown, tickangle=0)
+            angle = -40 if _crowded(lines) else 0
+            figure.update_xaxes(tickmode="array", tickvals=shown, ticktext=shown, tickangle=angle)
     figure.update_yaxes(title=_plain(lines.label), zerolinecolor="#bbb", rangemode="tozero")
     figure.update_layout(showlegend=len(lines.series) > 1)
     return 640, 400
+
+
+def _crowded(lines: Lines) -> bool:
+    """Whether the names below the axis, side by side, are wider than it is."""
+    return sum(len(lines.x[i]) + 1 for i in lines.ticks) > AXIS_WIDTH
 
 
 def _plotly_bars(figure: go.Figure, bars: Bars) -> tuple[int, int]:
@@ -387,8 +393,8 @@ def _matplotlib_lines(axes: Axes, lines: Lines) -> None:
         size, width = (5.0, 0.0) if points else (2.8, 1.6)
         axes.plot(x, line.values, color=color, marker="o", markersize=size, linewidth=width, label=drawable(line.name))
     if lines.x:
-        crowded = sum(len(lines.x[i]) + 1 for i in lines.ticks) > AXIS_WIDTH
-        turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        turned = slanted if _crowded(lines) else {}
         axes.set_xticks(lines.ticks, [drawable(lines.x[i]) for i in lines.ticks], **turned)
         axes.set_xlim(-0.5, len(lines.x) - 0.5)
     elif lines.log:
