@@ -68,6 +68,8 @@ class Analysis:
 
 def main() -> None:
     options = arguments(__doc__)
+    if options.quick:  # beside other work two threads of so small a model wait for each other
+        torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         compete(tiny(folder) if options.quick else circuits.load(), options)
 
