@@ -21,11 +21,8 @@ head's d_model vector at every position). Lines marked "pass alone" leave that a
 sides. All results must agree with ours, or the exit status is 1.
 """
 
-import contextlib
 import importlib.util
-import io
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +31,7 @@ import torch
 from torch import Tensor
 
 import mechinterp as mi
-from benchmarks.timing import Line, arguments, compare, environment, interleave, report
+from benchmarks.timing import Line, arguments, compare, environment, interleave, quiet, report
 from mechinterp.analyzers.heads import role_keys, role_mass
 from mechinterp.core.analyzer import as_reads
 from mechinterp.core.trace import Read
@@ -43,6 +40,9 @@ from mechinterp.engine.forward import forward
 LIMIT = 1.15
 TOLERANCE = 2e-3
 """Largest difference in any number of any result: logits, probabilities, shares of attention."""
+
+COMPARED = ("prob", "logit_diff", "entropy", "top_prob", "attribution", "score")
+"""The analyzers' numbers by example."""
 
 Values = dict[Read, Tensor]
 
@@ -88,7 +88,7 @@ class Work:
         """One analyzer's part, from activations that somebody read."""
         trace = mi.Trace({read: values[read] for read in self.reads[i]}, self.batch)
 
-        def never(sweep: mi.Sweep) -> Any:
+        def never(sweep: mi.Sweep, some: Any = None) -> Any:
             raise AssertionError(f"no analyzer here sweeps: {sweep}")
 
         seen = mi.Batch(self.batch, self.model, trace, mi.Trace({}, self.batch), {}, {}, {}, {}, never)
@@ -204,7 +204,7 @@ def difference(ours: list[mi.Result], theirs: list[mi.Result]) -> float:
     """Largest difference between per-example numbers of the same results; top tokens' order is left to their scores."""
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        for name in ("prob", "logit_diff", "entropy", "top_prob", "attribution", "score"):
+        for name in COMPARED:
             if name in a.data:
                 gap = abs(a.data[name] - b.data[name])
                 assert bool((a.data[name].isnull() == b.data[name].isnull()).all()), f"{name} is missing elsewhere"
@@ -227,8 +227,7 @@ def contestants(work: Work, quick: bool) -> dict[str, Callable[[], Any]]:
         if importlib.util.find_spec(peer) is None:
             print(f"{peer} is not installed; left out")
             continue
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with quiet():
             read = make(work, str(model.hf.config._name_or_path))
         ways[peer] = lambda read=read: work.finish(read())
         ways[f"{peer}, pass alone"] = read

@@ -1,15 +1,18 @@
 """What the benchmarks share: interleaved timing, medians of paired ratios, one table, one JSON file."""
 
 import argparse
+import contextlib
 import ctypes
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,14 @@ def status(name: str) -> int:
     """Bytes that the system counts for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """Without what libraries say while they load a model."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def environment(**facts: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 
 import mechinterp as mi
-from benchmarks import attention, shared_pass
+from benchmarks import attention, engines, shared_pass
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +31,13 @@ def test_eager_attention_does_our_work(smollm2: mi.Model) -> None:
     examples = attention.work(smollm2, 3, 40)
     peer = attention.theirs(attention.load("eager"), examples)
     assert attention.largest_difference(attention.ours(smollm2, examples), peer) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attribution_patching_in_the_peers_own_idioms_is_ours(smollm2: mi.Model) -> None:
+    work = engines.differentiating(smollm2, 2)
+    expected = work.ours(smollm2)
+    for name, peer in work.peers.items():
+        assert engines.difference(peer(), expected) <= engines.TOLERANCE, name
+    changed = {name: value + 2e-4 * abs(value).max() for name, value in expected.items()}
+    assert engines.difference(changed, expected) > engines.TOLERANCE
