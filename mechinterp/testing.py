@@ -22,6 +22,7 @@ from mechinterp.errors import MechinterpError, ModelError, NeedsError
 from mechinterp.model.architecture import FAMILIES
 from mechinterp.model.autoencoder import SparseAutoencoder
 from mechinterp.model.model import Model
+from mechinterp.report.panels import rows
 from mechinterp.sites import Site, Sites
 from mechinterp.tasks.agreement import WORDS as AGREEMENT
 from mechinterp.tasks.capitals import WORDS as CAPITALS
@@ -150,7 +151,7 @@ def check_analyzer(
       else runs;
     - hooks, the attention kernel and the weights are as they were, after success and after an error;
     - what was shared is not changed in place; the result makes a table, and is the same after saving
-      and loading.
+      and loading; the intervals that its figures draw are those of the values that they show.
 
     Args:
         analyzer: the analyzer, or a function that makes one for a model.
@@ -178,6 +179,7 @@ def check_analyzer(
             raise AssertionError(f"{mine.name} on {model.name}: {error}") from error
         case.failing(before)
         case.kept(whole)
+        case.figures(whole)
         case.must(case.state() == before, "it left hooks, another attention kernel, or changed weights behind")
 
 
@@ -251,6 +253,20 @@ class _Case:
     def company(self, whole: Result) -> None:
         shared = self.run(self.analyzer, _Company())
         self.must(shared.data.identical(whole.data), "another analyzer beside it changes its numbers")
+
+    def figures(self, whole: Result) -> None:
+        for view in whole.views:
+            frame = rows(whole, view)
+            own = f"{view.value}_" if f"{view.value}_ci_low" in frame else ""
+            if view.kind == "heatmap" or f"{own}ci_low" not in frame or not (own or view.interval):
+                continue
+            low, value, high = (frame[name].to_numpy(float) for name in (f"{own}ci_low", view.value, f"{own}ci_high"))
+            outside = ((value < low - 1e-6) | (value > high + 1e-6)) & np.isfinite(low)
+            self.must(
+                2 * int(outside.sum()) <= len(frame),
+                f"{view.value} is outside {own}ci_low and {own}ci_high at {int(outside.sum())} of {len(frame)} rows,"
+                f" which are another value's; write View(..., interval=False), or call its own {view.value}_ci_low",
+            )
 
     def failing(self, before: tuple[Any, ...]) -> None:
         def fail(*_: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xarray as xr
 
 import mechinterp as mi
 from mechinterp import sites
@@ -125,6 +126,15 @@ class Leaky(Norms):
         return mi.Result.of(parts)
 
 
+class Borrowed(Norms):
+    """Draws the interval of one value around another."""
+
+    def combine(self, parts: Iterator[mi.Part], context: mi.Context) -> mi.Result:
+        norm = mi.Result.of(parts).data["value"].mean("example")
+        data = xr.Dataset({"norm": norm, "ci_low": norm - 0.1, "ci_high": norm + 0.1, "half": norm / 2})
+        return mi.Result(data, {}, (mi.View("lines", "norm", "layer"), mi.View("lines", "half", "layer")))
+
+
 @pytest.mark.parametrize(
     ("spoiled", "law"),
     [
@@ -136,6 +146,7 @@ class Leaky(Norms):
         (Restless, "a second run gave other numbers"),
         (Heavy, "changed weights"),
         (Leaky, "left hooks"),
+        (Borrowed, r"half is outside ci_low and ci_high at 3 of 3 rows, .* write View\(..., interval=False\)"),
     ],
 )
 def test_what_is_caught(spoiled: type[Norms], law: str) -> None:

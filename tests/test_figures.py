@@ -4,6 +4,7 @@ import dataclasses
 import html
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import matplotlib.text
@@ -317,6 +318,14 @@ def by_site(names: list[str]) -> mi.Result:
     columns = {"accuracy": values, "ci_low": values - 0.1, "ci_high": values + 0.1}
     data = xr.Dataset({k: (("task", "site"), v) for k, v in columns.items()}, {"task": ["a", "b"], "site": names})
     return mi.Result(data, {}, (mi.View("lines", "accuracy", "site", by="task"),))
+
+
+def test_an_interval_is_drawn_around_its_own_value_alone() -> None:
+    result = by_site(["resid_pre.0", "resid_pre.1"])
+    own = result.views[0]
+    with_band, without = (plotly_figure(result, v).data for v in (own, replace(own, interval=False)))
+    assert any(trace.fill for trace in with_band) and not any(trace.fill for trace in without)
+    assert all(trace.error_y.array is None for trace in without)
 
 
 @pytest.mark.parametrize("layers", [3, 16, 30, 80])

@@ -514,6 +514,13 @@ def test_hostile_text_is_only_ever_text(read: Reader) -> None:
     assert len(read.scripts) == 5  # three figures, the library and what starts it
 
 
+def test_a_long_option_is_shortened(result: mi.Result) -> None:
+    groups = str(("film",) * 216)
+    long = result.with_meta(options={"groups": groups})
+    text = page("t", {"r": long}, plan="", manifest={"analyzers": [groups]})
+    assert groups not in text and text.count(f" … ({len(groups):,} characters)") == 2
+
+
 def test_the_page_can_run_and_fetch_nothing_else(read: Reader) -> None:
     policy = next(a["content"] for t, a in read.tags if t == "meta" and "http-equiv" in a) or ""
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))

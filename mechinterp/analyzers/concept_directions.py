@@ -142,7 +142,9 @@ class ConceptDirections(Analyzer):
             )
         select = {"class": classes[1:]} if len(classes) == 2 else {}
         views = tuple(
-            View("lines", name, "site", by="class", title=title, unit=unit, select=select)
+            View(
+                "lines", name, "site", by="class", title=title, unit=unit, select=select, interval=name == "test_auroc"
+            )
             for name, title, unit in (
                 ("test_auroc", f"Directions by {self.method}: on the texts set apart", "AUROC"),
                 ("coherence", "How alike directions of different texts are", "mean cosine"),
@@ -308,7 +310,10 @@ class ConceptAssociation(Analyzer):
         data = data.assign_coords(member=names)
         told = self.concept or self.probe.classes[-1]
         views = (
-            View("bars", "cosine", "group", title=f"Kinds of texts and {told}", unit="cosine", center=0.0),
+            View(
+                "bars", "cosine", "group", title=f"Kinds of texts and {told}", unit="cosine", center=0.0,
+                interval=False,
+            ),
             View("bars", "projection", "member", title=f"Along the direction of {told}", unit="activation"),
         )  # fmt: skip
         about: dict[str, Any] = {"site": str(self.probe.site), "class": told, "left_out": int((kind == "").sum())}

@@ -145,7 +145,12 @@ class Steering(Analyzer):
                 unit=f"change of the {self.metric.label}",
             ),
             View(
-                "lines", "cost", "strength", title="Perplexity of the prompts, steered over not steered", unit="times"
+                "lines",
+                "cost",
+                "strength",
+                title="Perplexity of the prompts, steered over not steered",
+                unit="times",
+                interval=False,
             ),
         )
         about = {"site": str(self.probe.site), "class": self.concept or self.probe.classes[-1], "draws": self.draws}

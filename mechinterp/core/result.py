@@ -84,6 +84,8 @@ class View:
     so that a faint panel can be read; or all with one, so that colours can be compared across panels."""
     log: bool = False
     """Lines only: a numeric `x`, above 0, on a logarithmic axis."""
+    interval: bool = True
+    """Whether ``ci_low`` and ``ci_high`` are of `value`; they are drawn, as ``VALUE_ci_low`` always is."""
 
 
 @dataclass(frozen=True, eq=False)

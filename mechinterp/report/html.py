@@ -26,6 +26,8 @@ COLUMNS = 14
 """Columns of a table beside a figure, above which it has the figure's own alone; all of them are in the files."""
 TEXTS = 20
 """Texts shown on the colour of their tokens' attributions."""
+LONG = 120
+"""Characters of an option above which only its beginning is on the page."""
 
 _STYLE = """
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", Arial, sans-serif; color: #222;
@@ -146,6 +148,12 @@ def _figure(drawing: "go.Figure", figures: list[str]) -> str:
     return f'<div class="figure"><div data-figure="{number}"></div></div>'
 
 
+def _short(option: object) -> str:
+    """An option in a line; the saved result has a long list whole."""
+    text = str(option)
+    return text if len(text) <= LONG else f"{text[: LONG // 2].rstrip(', ')} … ({len(text):,} characters)"
+
+
 def _section(name: str, result: Result, explanations: Mapping[str, str], figures: list[str]) -> str:
     """One analyzer: what it does, its figures, and the rows that stand out in each (a figure with text shows its own).
 
@@ -155,7 +163,7 @@ def _section(name: str, result: Result, explanations: Mapping[str, str], figures
     out = [f'<h2 id="{_text(name)}">{_text(_spaced(analyzer))}</h2>']
     if analyzer in explanations:
         out += [f"<p>{_text(_prose(p))}</p>" for p in explanations[analyzer].strip().split("\n\n")]
-    options = ", ".join(f"{k} = {v}" for k, v in dict(result.meta.get("options", {})).items())
+    options = ", ".join(f"{k} = {_short(v)}" for k, v in dict(result.meta.get("options", {})).items())
     if options:
         out.append(f'<p class="quiet">Options: {_text(options)}.</p>')
     if not result.views:
@@ -241,7 +249,7 @@ def _flat(value: Any) -> str:
     """Nested values on one line."""
     if isinstance(value, Mapping):
         return ", ".join(f"{k} ({_flat(v)})" if isinstance(v, Mapping) else f"{k} {_flat(v)}" for k, v in value.items())
-    return ", ".join(map(_flat, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(map(_flat, value)) if isinstance(value, list | tuple) else _short(value)
 
 
 def _subtitle(manifest: Mapping[str, Any]) -> str:

@@ -230,9 +230,11 @@ class _Cells:
         """A column that cannot be averaged, or None."""
         return self.mean(column) if self.single and column in self.frame.columns else None
 
-    def interval(self, value: str) -> tuple[Numbers, Numbers] | tuple[None, None]:
-        """That of a column: ``ci_low`` and ``ci_high``, or under its own name where the result has several tables."""
-        own = f"{value}_" if f"{value}_ci_low" in self.frame.columns else ""
+    def interval(self, view: View) -> tuple[Numbers, Numbers] | tuple[None, None]:
+        """That of a view's value: ``ci_low`` and ``ci_high``, or under its own name where those are another's."""
+        own = f"{view.value}_" if f"{view.value}_ci_low" in self.frame.columns else ""
+        if not own and not view.interval:
+            return None, None
         low, high = self.own(f"{own}ci_low"), self.own(f"{own}ci_high")
         return (None, None) if low is None or high is None else (low, high)
 
@@ -400,7 +402,7 @@ def _lines(frame: pd.DataFrame, view: View) -> Lines:
     series: list[Series] = []
     for name, group in groups:
         cells, (x,) = _cells(group, view.x)
-        values, (low, high) = cells.mean(view.value), cells.interval(view.value)
+        values, (low, high) = cells.mean(view.value), cells.interval(view)
         ok = np.isfinite(values)
         ends = (None, None) if low is None or high is None else (low[ok], high[ok])
         series.append(Series(name, x[ok] if numeric else np.array(_names(x), dtype=object)[ok], values[ok], *ends))
@@ -426,7 +428,7 @@ def _in_depth(names: Sequence[str]) -> bool:
 
 def _bars(frame: pd.DataFrame, view: View) -> Bars:
     cells, (x,) = _cells(frame, view.x)
-    values, (low, high), q = cells.mean(view.value), cells.interval(view.value), cells.own("q")
+    values, (low, high), q = cells.mean(view.value), cells.interval(view), cells.own("q")
     center = view.center or 0.0
     order = np.argsort(-np.nan_to_num(np.abs(values - center)), kind="stable")
     order = order[np.isfinite(values[order])][:LARGEST]
