@@ -85,11 +85,14 @@ class NNsightBackend:
         """A whole site as `visit` knows it."""
         place = self.arch.place(site)
         how = {"q_rot": "rotated", "k_rot": "rotated", "scores": "pattern", "pattern": "pattern", "head_out": "heads"}
-        out = {"kind": site.kind, "layer": site.layer, "how": how.get(site.kind, "module")}
+        out: dict[str, Any] = {"kind": site.kind, "layer": site.layer, "how": how.get(site.kind, "module")}
         out |= {"path": place.path, "end": place.end, "heads": self.dims.heads(site.kind), "examples": len(batch)}
         if site.kind == "head_out":
             out["weight"] = self.weight(site.layer or 0)
-        return out | ({"route": route} if site.kind == "router" else {})
+        return out | ({"route": self.route} if site.kind == "router" else {})
+
+    route: Any = staticmethod(route)
+    """What chooses experts by router logits."""
 
     def weight(self, layer: int) -> Tensor | None:
         """W_O of a layer; None where it is not here, but with the model."""
@@ -105,7 +108,7 @@ def module(envoy: Any) -> Any:
     hf = envoy._module
     if any(parameter.is_meta for parameter in hf.parameters()):
         raise ModelError(
-            "this nnsight model has no weights yet; make it with dispatch=True, or load it here by name with"
-            " backend='nnsight'"
+            "this nnsight model has no weights yet; make it with dispatch=True, or load it here with"
+            " backend='nnsight', by name or with remote=True, which leaves them on NDIF"
         )
     return hf

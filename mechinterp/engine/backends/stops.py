@@ -122,7 +122,7 @@ def carried(envoy: Any, stops: Any, jobs: Any, hidden: Any) -> Any:
 
     def edited(value: Any, edits: Any) -> Any:
         for where, how, what in edits:
-            value = _put_back(value, where, _edit(_part(value, where), how, what))
+            value = _put_back(value, where, _edit(part_of(value, where), how, what))
         return value
 
     def at(number: Any, value: Any) -> Any:
@@ -142,14 +142,14 @@ def carried(envoy: Any, stops: Any, jobs: Any, hidden: Any) -> Any:
         if kind == "pattern" and job["edits"]:
             new = new.masked_fill(hidden.to(new.device), 0.0)
         for number_of_read, where in job["reads"]:
-            held[number_of_read] = _blanked(_part(new, where), where).detach()
+            held[number_of_read] = _blanked(part_of(new, where), where).detach()
         return None if new is value else new
 
     visit(envoy, stops, at)
     return held
 
 
-def _part(value: Any, where: Any) -> Any:
+def part_of(value: Any, where: Any) -> Any:
     """The slice of a whole site, as `slices.select` takes it."""
     swap, columns, _, inner = where
     part = value.transpose(1, 2) if swap else value
