@@ -25,7 +25,19 @@ from nnsight.schema.response import ResponseModel, Status  # noqa: E402
 from nnsight.tracing.tracer import _saves, dec, inc  # noqa: E402
 
 KEY = "a-key"
-ALLOWED = {"torch", "nnsight", "cloudpickle", "collections", "builtins", "functools", "typing", "math", "_operator"}
+ALLOWED = {
+    "torch",
+    "nnsight",
+    "numpy",
+    "cloudpickle",
+    "copyreg",
+    "collections",
+    "builtins",
+    "typing",
+    "math",
+    "operator",
+}
+"""Of what NDIF's protected_environment.py lists (ndif-team/ndif at 028db44)."""
 LACKING = ("exec", "compile", "open")
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 

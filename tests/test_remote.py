@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,15 +200,23 @@ def test_only_logits_that_are_wanted_come_back(
 def test_what_needs_weights_or_gradients_is_refused(both: tuple[mi.Model, mi.Model]) -> None:
     remote = both[1]
     pairs = mi.tasks.ioi(n=1)
-    for use in (lambda: mi.run(remote, pairs, mi.LogitLens()), lambda: remote.W_U, lambda: remote.W_O(0)):
-        with pytest.raises(
-            ModelError, match=r"is wanted for its weights, and .* runs on NDIF, which keeps them; load the"
-        ):
-            use()
-    with pytest.raises(
-        SiteError, match=r"cannot be differentiated .* without the metric .*load it without remote=True"
+    weights = r"is wanted for its weights, and .* runs on NDIF, which keeps them; load the model without remote=True"
+    for analyzer in (
+        mi.LogitLens(),
+        mi.DirectLogitAttribution(),
+        mi.TokenAttribution(),
+        mi.HeadWeights(),
+        mi.HeadRoles(sequences=2, length=6),
     ):
-        mi.run(remote, pairs, mi.AttributionPatching("z"))
+        with pytest.raises(ModelError, match=weights):
+            mi.run(remote, pairs, analyzer)
+    for use in (lambda: remote.W_U, lambda: remote.W_O(0), lambda: remote.baseline("mean")):
+        with pytest.raises(ModelError, match=weights):
+            use()
+    gradients = r"cannot be differentiated .* without the metric .*load it without remote=True"
+    for analyzer in (mi.AttributionPatching("z"), mi.EdgeAttribution("eap"), mi.GradientAnalysis()):
+        with pytest.raises(SiteError, match=gradients):
+            mi.run(remote, pairs, analyzer)
     for name in ("native", "nnsight", "transformer_lens"):
         with pytest.raises(ModelError, match=r"weights are not here; load it without remote=True to run it by"):
             remote.with_backend(name)
@@ -235,6 +244,10 @@ def test_functions_that_cannot_be_sent(both: tuple[mi.Model, mi.Model]) -> None:
         with pytest.raises(ModelError, match=rf"NDIF at http.* did not run this pass of .*{said}") as caught:
             remote.trace(IDS, "logits", interventions=mi.Apply(sites.resid_post(1), fn))
         assert type(caught.value.__cause__).__name__ == "RemoteError"
+
+    lock = threading.Lock()
+    with pytest.raises(ModelError, match=r"could not be sent to NDIF, or read back \(TypeError: cannot pickle"):
+        remote.trace(IDS, "logits", interventions=mi.Apply(sites.resid_post(1), lambda value: (lock, value)[1]))
     assert remote.trace(IDS, "logits")["logits"].isfinite().any()
 
 
@@ -290,7 +303,9 @@ def hub(served: tuple[mi.Model, Path, str], tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(_ID_CACHE, "org/tiny", "org/tiny")
 
 
-def test_by_name(served: tuple[mi.Model, Path, str], ndif: str, hub: None) -> None:
+def test_by_name(served: tuple[mi.Model, Path, str], ndif: str, hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nnsight.modeling.huggingface import _ID_CACHE
+
     remote = mi.Model.load("org/tiny", backend="nnsight", remote=True)
     assert remote.name == "org/tiny" and "run by nnsight" in repr(remote)
     text = "Then Mary went to"
@@ -298,6 +313,9 @@ def test_by_name(served: tuple[mi.Model, Path, str], ndif: str, hub: None) -> No
     assert off(found, expected) < TOLERANCE
     with pytest.raises(ModelError, match=r"'org/none', which a remote model needs here, cannot be read"):
         mi.Model.load("org/none", backend="nnsight", remote=True)
+    monkeypatch.delitem(_ID_CACHE, "org/tiny")
+    with pytest.raises(ModelError, match=r"the hub does not say how 'org/tiny' is spelt.*OfflineModeIsEnabled"):
+        mi.Model.load("org/tiny", backend="nnsight", remote=True)
 
 
 def test_options(served: tuple[mi.Model, Path, str], ndif: str) -> None:
@@ -310,6 +328,8 @@ def test_options(served: tuple[mi.Model, Path, str], ndif: str) -> None:
     refused("dtype cannot be applied to .* nnsight made", envoy_of(served[1]), backend="nnsight", dtype="float32")
     refused("NDIF knows models by their hub id", str(served[1]), backend="nnsight")
     refused("NDIF knows models by their hub id", "smollm2", backend="nnsight")
+    with pytest.raises(ModelError, match=r"no weights yet; make it with dispatch=True, or load it here .* remote=True"):
+        mi.Model.load(envoy_of(served[1]), backend="nnsight")
     refused("a Qwen3MoeModel has no name that NDIF could know", served[0].hf.model, backend="nnsight")
 
 

@@ -134,7 +134,7 @@ class RemoteBackend(NNsightBackend):
             return f"NDIF at {_host(self.remote)} does not answer ({said}); {_ELSEWHERE}"
         return (
             f"the pass of {self.model.name} could not be sent to NDIF, or read back ({said}); give Apply a function"
-            " of your own file that uses nothing but torch, and see that the model's name is known to the hub"
+            " that uses nothing but torch, tensors and numbers"
         )
 
 
@@ -184,6 +184,14 @@ def load_remote(name: Any, remote: bool | str, dtype: Any, revision: str | None,
                 f" ({type(error).__name__}: {str(error).strip()}); check the name, the network, or your hub token"
             ) from error
     model = Model(envoy._module.eval(), envoy.tokenizer, name if isinstance(name, str) else "")
+    if remote != _LOCAL:
+        try:
+            envoy.to_model_key()
+        except Exception as error:
+            raise ModelError(
+                f"the hub does not say how {model.name!r} is spelt, by which NDIF knows it ({type(error).__name__}:"
+                f" {str(error).strip()}); check the name, the network, or your hub token"
+            ) from error
     model.backend = RemoteBackend(envoy, model, remote)
     return model
 
