@@ -30,6 +30,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/tested: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps pyvene nnterp  # run by docs/migrating.md; what else they name it does not need
 	touch $@
 
 clean:

@@ -19,6 +19,8 @@ from beartype import BeartypeConf, beartype
 
 F = TypeVar("F", bound=Callable[..., Any])
 NAME = "_mechinterp_checked"
+SENT = "mechinterp.engine.backends.stops"
+"""A module that is left as it is: its functions are sent away as source, without what would check them."""
 
 
 def checked(function: F) -> F:
@@ -90,7 +92,7 @@ class Finder(MetaPathFinder):
     """Finds mechinterp's modules for `CheckedLoader`."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] != "mechinterp":
+        if fullname.partition(".")[0] != "mechinterp" or fullname == SENT:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):

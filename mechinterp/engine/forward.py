@@ -66,30 +66,31 @@ def forward(
     forced = ending and (bool(head._forward_hooks) or written or model.backend is not None)
     whole = forced or everywhere
     writes = [*blanking(model, batch), *writes]
-    needed = [*inside, *scored.values(), *([Read(FINAL_NORM)] if ending else [])]
+    needed = [*inside, *scored.values(), *([Read(FINAL_NORM)] if ending and not forced else [])]
     stop = max((r.site for r in needed), key=lambda s: s.order, default=None)
     full = Read(Site("logits"))
-    taken = list(dict.fromkeys(needed + ([full] if whole else [])))
+    made = {metric: Read(full.site.at(metric.positions)) for metric in metrics if metric not in scored}
+    taken = list(dict.fromkeys(needed + ([*outside, *made.values()] if forced else [full] if whole else [])))
     values = passing(model, batch, taken, writes, stop=full.site if whole else stop, lenient=lenient).values
     result = {read: values[read] for read in inside}
     for read in outside:
-        where = batch.where(read.site.positions)
         if forced or read.site.positions is None:
-            result[read] = select(values[full], read.site, where)
+            result[read] = values[read if forced else full]
         else:
-            result[read] = model.unembed(select(values[Read(FINAL_NORM)], read.site, where))
+            at = select(values[Read(FINAL_NORM)], read.site, batch.where(read.site.positions))
+            result[read] = model.unembed(at)
     logits: dict[Metric, Tensor] = {}
     chosen: dict[Metric, Rows] = {}
     for metric in metrics:
-        rows, where = metric.rows(batch), batch.where(metric.positions)
+        rows = metric.rows(batch)
         chosen[metric] = rows
         if metric in scored:
             logits[metric] = values[scored[metric]]
         elif forced:  # otherwise a product of its own, so that nobody else's reads move it
-            at = select(values[full], full.site, where)
-            logits[metric] = at if rows is None else at[..., rows]
+            logits[metric] = values[made[metric]] if rows is None else values[made[metric]][..., rows]
         else:
-            logits[metric] = model.unembed(select(values[Read(FINAL_NORM)], FINAL_NORM, where), rows)
+            at = select(values[Read(FINAL_NORM)], FINAL_NORM, batch.where(metric.positions))
+            logits[metric] = model.unembed(at, rows)
     return Passed(result, logits, chosen)
 
 

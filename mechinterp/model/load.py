@@ -297,6 +297,11 @@ def _attach(hf: Any, adapter: _Adapter, name: str) -> Any:
     return wrapped.eval()
 
 
+def is_local(name: str) -> bool:
+    """Whether a name is of the bundled model, or of what lies on this machine, rather than of the hub."""
+    return name in BUNDLED or name.endswith(".gguf") or Path(name).expanduser().exists()
+
+
 def _locate(name: str) -> tuple[str, bool]:
     """What transformers should open, and whether it is on this machine."""
     if name in BUNDLED:

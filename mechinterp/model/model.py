@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mechinterp.engine.forward import Generation
 
 
+_NATIVE = "use backend='native', which can (model.with_backend('native'))"
+
+
 class Model(WeightsByHead):
     """A wrapped model. It never rewrites: logits are bit-equal to the bare Hugging Face model's.
 
@@ -79,6 +82,7 @@ class Model(WeightsByHead):
         attn_implementation: str | None = None,
         load_in_4bit: bool = False,
         backend: str = NATIVE,
+        remote: bool | str = False,
         check: bool = True,
     ) -> "Model":
         """Load a model by name.
@@ -96,10 +100,19 @@ class Model(WeightsByHead):
             attn_implementation: transformers' attention kernel; its own choice (SDPA) by default.
             load_in_4bit: pack the weights of linear layers by bitsandbytes, on CUDA.
             backend: who runs the model: ``"native"``, ``"transformer_lens"`` or ``"nnsight"``; see `with_backend`.
+            remote: leave the weights with NDIF, and have every pass made there; with ``backend="nnsight"``, which is
+                given it as it is (a server's address and ``"local"`` are its other values). See docs/backends.md.
             check: run the quick part of `mechinterp.verify` and refuse a model that fails it.
         Raises:
-            ModelError: the model is unknown, of a family without a row, or its files cannot be used.
+            ModelError: the model is unknown, of a family without a row, or its files cannot be used; or `remote`
+                without a key of NDIF's, or without its answer.
         """
+        if remote:
+            from mechinterp.engine.backends import remotely
+
+            more = {"dtype": dtype, "revision": revision, "kernel": attn_implementation}
+            rest = {"adapter": adapter, "device": device, "device_map": device_map, "load_in_4bit": load_in_4bit}
+            return remotely(name, backend, remote, more, **rest)
         if not isinstance(name, str | os.PathLike):
             options = {"adapter": adapter, "dtype": dtype, "device": device, "device_map": device_map}
             options |= {"revision": revision, "attn_implementation": attn_implementation}
@@ -236,7 +249,7 @@ class Model(WeightsByHead):
             did = {"read": "read", "write": "written", "gradient": "differentiated"}[use]
             raise SiteError(
                 f"{site} cannot be {did}{view} by the backend {self.backend.name!r}: {reason};"
-                " use backend='native', which can (model.with_backend('native'))"
+                f" {'load it without remote=True' if self.remote else _NATIVE}"
             )
 
     def in_force(self) -> tuple[list[tuple[Site, Intervention]], bool]:
@@ -282,11 +295,20 @@ class Model(WeightsByHead):
     @property
     def device(self) -> torch.device:
         """Where token ids go in; layers may lie on other devices."""
-        return self._module(f"{self.arch.base}.{self.arch.embed}").weight.device
+        return torch.device("cpu") if self.remote else self._embed.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._module(f"{self.arch.base}.{self.arch.embed}").weight.dtype
+        return self._embed.weight.dtype
+
+    @property
+    def remote(self) -> bool:
+        """Whether the weights are NDIF's, and not here."""
+        return bool(self._embed.weight.is_meta)
+
+    @property
+    def _embed(self) -> Any:
+        return self.hf.get_submodule(f"{self.arch.base}.{self.arch.embed}")
 
     def baseline(self, name: Baseline) -> Float[Tensor, "d_model"]:
         """An embedding that stands for no token in particular: of a masked token, or where a path begins.
@@ -357,7 +379,9 @@ class Model(WeightsByHead):
         layers = (m for m in self.hf.modules() if hasattr(m, "base_layer") and hasattr(m, "disable_adapters"))
         if (adapted := next(layers, None)) is not None:  # which adapters act, if any
             digest.update(repr(() if adapted.disable_adapters else tuple(adapted.active_adapters)).encode())
-        for name, parameter in self.hf.named_parameters():
+        if self.remote:  # whose weights nobody here has seen
+            digest.update(repr((self.name, self.backend and self.backend.version)).encode())
+        for name, parameter in () if self.remote else self.hf.named_parameters():
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 1024)].float().cpu().contiguous()
             digest.update(name.encode() + str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())

@@ -25,6 +25,7 @@ class WeightsByHead:
     hf: Any
     arch: Architecture
     dims: Dims
+    name: str
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
@@ -141,7 +142,18 @@ class WeightsByHead:
         return FactoredMatrix(self.W_Q(layer), self.W_K(layer, per_query_head=True).mT)
 
     def _module(self, path: str) -> Any:
-        return self.hf.get_submodule(path)
+        """A module whose weights are wanted.
+
+        Raises:
+            ModelError: they are not here: the model is remote.
+        """
+        module = self.hf.get_submodule(path)
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ModelError(
+                f"{path} is wanted for its weights, and {self.name} runs on NDIF, which keeps them; load the model"
+                " without remote=True, or read what is wanted at a site, such as sites.logits()"
+            )
+        return module
 
     def _projection(self, layer: int, name: str) -> Any:
         if not 0 <= layer < self.dims.n_layers:

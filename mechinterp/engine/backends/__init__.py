@@ -4,7 +4,8 @@ Each has its own room here and its own hooks; what is wanted at a place is in `v
 """
 
 import copy
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,10 @@ def connect(model: Model, name: str) -> Backend | None:
     """
     if name not in NAMES:
         raise ModelError(f"The backend must be one of {', '.join(map(repr, NAMES))}. Got {name!r}")
+    if model.remote:
+        raise ModelError(
+            f"{model.name} runs on NDIF, and its weights are not here; load it without remote=True to run it by {name}"
+        )
     if name == NATIVE:
         return None
     if model.peft is not None:
@@ -37,6 +42,28 @@ def connect(model: Model, name: str) -> Backend | None:
     from mechinterp.engine.backends.transformer_lens import BridgeBackend
 
     return BridgeBackend.of(model)
+
+
+def remotely(name: Any, backend: str, remote: bool | str, options: Mapping[str, Any], **others: Any) -> Model:
+    """A model that NDIF runs, by nnsight.
+
+    Args:
+        options: what its configuration and tokenizer are loaded with.
+        others: what only weights that are here can take.
+    Raises:
+        ModelError: another backend or option, no key, no answer, or no such model.
+    """
+    if backend != "nnsight":
+        raise ModelError(f"remote=True is nnsight's, so it takes backend='nnsight'. Got {backend!r}")
+    given = options if not isinstance(name, str | os.PathLike) else {}
+    if odd := [option for option, value in (*others.items(), *given.items()) if value]:
+        raise ModelError(
+            f"{', '.join(odd)} cannot be applied to a model that NDIF holds{' and nnsight made' * bool(given)};"
+            " leave it out, or load the model without remote=True"
+        )
+    from mechinterp.engine.backends.remote import load_remote
+
+    return load_remote(str(name) if isinstance(name, os.PathLike) else name, remote, **options)
 
 
 @dataclass(frozen=True)

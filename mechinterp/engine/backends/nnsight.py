@@ -4,12 +4,12 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
+from mechinterp.engine.backends.stops import visit
 from mechinterp.engine.backends.visits import Visits
 from mechinterp.errors import ModelError
 from mechinterp.model.backend import Seen, Use
@@ -17,11 +17,6 @@ from mechinterp.model.hooks import route
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS
 from mechinterp.sites import Site
-
-_ROTARY, _ATTENTION, _SOFTMAX = "apply_rotary_pos_emb_0", "attention_interface_1", "nn_functional_softmax_0"
-"""Operations in the source of transformers' attention and of its eager kernel, as nnsight numbers them."""
-_HIDDEN = torch.finfo(torch.float32).min / 2
-_ROTATED = ("q_rot", "k_rot")
 
 
 class NNsightBackend:
@@ -35,7 +30,7 @@ class NNsightBackend:
     def __init__(self, envoy: Any, model: Model) -> None:
         self.envoy, self.arch, self.dims, self.model = envoy, model.arch, model.dims, model
         self.version = importlib.metadata.version("nnsight")
-        self.eager = str(module(envoy).config._attn_implementation) == "eager"
+        self.eager = str(envoy._module.config._attn_implementation) == "eager"
 
     @classmethod
     def of(cls, model: Model) -> "NNsightBackend":
@@ -65,113 +60,43 @@ class NNsightBackend:
     ) -> Seen:
         visits = Visits(batch, writes, reads, grads, lenient)
         places = visits.places()
+        stops = [self.stop(site, batch) for site in places]
+
+        def at(number: int, value: Tensor) -> Tensor | None:
+            new = visits.at(places[number], value)
+            # A view is what goes on only if it is given back; then its gradient is the site's.
+            return None if new is value and places[number] not in visits.grads else new
+
+        if places:
+            with self.envoy.trace(**self.inputs(batch)):
+                visit(self.envoy, stops, at)
+        return visits.seen()
+
+    def inputs(self, batch: TokenBatch) -> dict[str, Any]:
+        """What the model is called with."""
         inputs: dict[str, Any] = {"input_ids": batch.ids, "use_cache": False}
         if not bool(batch.mask.all()):
             inputs["attention_mask"] = batch.mask.long()
         if batch.left_padded:
             inputs["position_ids"] = batch.position_ids
-        met = _Meetings(self, visits, places)
-        for layer in {site.layer for site in places if site.kind in (*_ROTATED, *PATTERN_KINDS)}:
-            met.source(layer)  # which nnsight must know before the pass
-        if places:
-            with self.envoy.trace(**inputs):
-                met.all()
-        return visits.seen()
+        return inputs
 
+    def stop(self, site: Site, batch: TokenBatch) -> dict[str, Any]:
+        """A whole site as `visit` knows it."""
+        place = self.arch.place(site)
+        how = {"q_rot": "rotated", "k_rot": "rotated", "scores": "pattern", "pattern": "pattern", "head_out": "heads"}
+        out: dict[str, Any] = {"kind": site.kind, "layer": site.layer, "how": how.get(site.kind, "module")}
+        out |= {"path": place.path, "end": place.end, "heads": self.dims.heads(site.kind), "examples": len(batch)}
+        if site.kind == "head_out":
+            out["weight"] = self.weight(site.layer or 0)
+        return out | ({"route": self.route} if site.kind == "router" else {})
 
-class _Meetings:
-    """The places of one pass, one after the other, inside a trace."""
+    route: Any = staticmethod(route)
+    """What chooses experts by router logits."""
 
-    def __init__(self, backend: NNsightBackend, visits: Visits, places: Sequence[Site]) -> None:
-        self.backend, self.visits, self.places = backend, visits, places
-        self.z: Tensor | None = None
-
-    def all(self) -> None:
-        """Wait for each place in turn, and do what is wanted there."""
-        places = list(self.places)
-        while places:
-            site = places.pop(0)
-            if site.kind in _ROTATED:  # one operation gives both
-                other = Site("k_rot", site.layer)
-                both = [site] + ([places.pop(0)] if places and places[0] == other and site != other else [])
-                self._rotated(both)
-            elif site.kind in PATTERN_KINDS:
-                self._pattern(site)
-            elif site.kind == "head_out":
-                self._heads(site)
-            else:
-                self._module(site)
-
-    def _module(self, site: Site) -> None:
-        place = self.backend.arch.place(site)
-        envoy = self.backend.envoy.get(place.path)
-        raw = envoy.input if place.end == "in" else envoy.output
-        old: Tensor = raw[0] if isinstance(raw, tuple) else raw
-        if site.kind == "z":
-            self.z = old
-        ours = self._split(site, old)
-        new = self.visits.at(site, ours)
-        if new is ours and site not in self.visits.grads:
-            return
-        new = new if new.shape == old.shape else new.reshape(old.shape)
-        if site.kind == "z":
-            self.z = new
-        if place.end == "in":
-            envoy.input = new
-        elif site.kind == "router":  # which has chosen its experts already: they are chosen again
-            envoy.output = (new, *route(envoy._module, new))
-        else:
-            envoy.output = (new, *raw[1:]) if isinstance(raw, tuple) else new
-
-    def _split(self, site: Site, value: Tensor) -> Tensor:
-        """A projection's output with its head axis, and a router's with examples and positions apart."""
-        if site.kind == "router":
-            return value.view(len(self.visits.batch), -1, value.shape[-1])
-        heads = self.backend.dims.heads(site.kind)
-        return value if heads is None or value.ndim == 4 else value.unflatten(-1, (heads, -1))
-
-    def _heads(self, site: Site) -> None:
-        """head_out is z through its slice of W_O; a write there is a change of the sum."""
-        envoy = self.backend.envoy.get(self.backend.arch.place(site).path)
-        entering = envoy.input if self.z is None else self.z
-        total = envoy.output
-        z = entering.unflatten(-1, (self.backend.dims.n_heads, -1))
-        old = torch.einsum("bphe,hed->bphd", z, self.backend.model.W_O(site.layer or 0))
-        new = self.visits.at(site, old)
-        self.z = None
-        if new is not old:
-            envoy.output = total + (new - old).sum(2)
-
-    def source(self, layer: int | None) -> Any:
-        """The operations of a layer's attention."""
-        path = self.backend.arch.layer(layer or 0)
-        return self.backend.envoy.get(f"{path}.self_attn").source
-
-    def _rotated(self, places: Sequence[Site]) -> None:
-        operation = getattr(self.source(places[0].layer), _ROTARY)
-        both: dict[str, Tensor] = dict(zip(_ROTATED, operation.output, strict=True))
-        changed = False
-        for site in places:
-            ours = both[site.kind].transpose(1, 2)
-            new = self.visits.at(site, ours)
-            if new is not ours or site in self.visits.grads:
-                both[site.kind], changed = new.transpose(1, 2), True
-        if changed:
-            operation.output = tuple(both[kind] for kind in _ROTATED)
-
-    def _pattern(self, site: Site) -> None:
-        softmax = getattr(getattr(self.source(site.layer), _ATTENTION).source, _SOFTMAX)
-        if site.kind == "pattern":
-            old = softmax.output
-            new = self.visits.at(site, old)
-            if new is not old or site in self.visits.grads:
-                softmax.output = new
-            return
-        raw = softmax.input
-        old = raw.masked_fill(raw < _HIDDEN, float("-inf"))
-        new = self.visits.at(site, old)
-        if new is not old or site in self.visits.grads:
-            softmax.input = new.masked_fill(new.isneginf(), torch.finfo(new.dtype).min)
+    def weight(self, layer: int) -> Tensor | None:
+        """W_O of a layer; None where it is not here, but with the model."""
+        return self.model.W_O(layer)
 
 
 def module(envoy: Any) -> Any:
@@ -183,7 +108,7 @@ def module(envoy: Any) -> Any:
     hf = envoy._module
     if any(parameter.is_meta for parameter in hf.parameters()):
         raise ModelError(
-            "this nnsight model has no weights yet; make it with dispatch=True, or load it here by name with"
-            " backend='nnsight'"
+            "this nnsight model has no weights yet; make it with dispatch=True, or load it here with"
+            " backend='nnsight', by name or with remote=True, which leaves them on NDIF"
         )
     return hf

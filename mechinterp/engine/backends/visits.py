@@ -84,7 +84,7 @@ class Visits:
             new = new if new.requires_grad else new.requires_grad_()
             self.captured[site] = get_gradient_edge(new), new.shape
         if site.kind == "pattern" and (site in self.writes or site in self.grads):
-            new = new.masked_fill(self._hidden(new), 0.0)  # nobody attends to the future, or to padding
+            new = new.masked_fill(self.hidden(new), 0.0)  # nobody attends to the future, or to padding
         for read in self.reads.get(site, ()):
             self.values[read] = self._read(read, new)
         return new
@@ -114,7 +114,7 @@ class Visits:
         part = select(value.transpose(1, 2), site, where)
         return part.transpose(1, 2) if part.ndim == 4 else part
 
-    def _hidden(self, pattern: Tensor) -> Tensor:
+    def hidden(self, pattern: Tensor) -> Tensor:
         """Keys that a query cannot see: the future, and padding."""
         queries, keys = pattern.shape[2:]
         future = torch.ones(queries, keys, dtype=torch.bool, device=pattern.device).triu(keys - queries + 1)
