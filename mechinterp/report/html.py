@@ -96,7 +96,7 @@ def page(
         body += [f"<h2>{_text(name)}</h2>", f'<div class="row">{_figure(drawing, figures)}</div>']
     for name, result in results.items():
         body.append(_section(name, result, explanations, figures))
-    if plan or not drawings:
+    if plan:
         body += [
             "<h2>What was shared</h2>",
             '<p class="quiet">Passes through the model, as planned before anything ran, and who was served by'
@@ -266,7 +266,7 @@ def _spaced(name: str) -> str:
 
 def _prose(text: str) -> str:
     """A paragraph of a docstring without its markup."""
-    return " ".join(text.replace("`", "").split())
+    return " ".join(re.sub(r"\*(\w[^*]*)\*", r"\1", text.replace("`", "")).split())
 
 
 def _text(text: str) -> str:
