@@ -10,7 +10,7 @@ from torch import Tensor
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
-from mechinterp.engine.backends.visits import Visits
+from mechinterp.engine.backends.visits import Visits, masked
 from mechinterp.errors import ModelError
 from mechinterp.model.backend import Seen, Use
 from mechinterp.model.hooks import route
@@ -20,7 +20,6 @@ from mechinterp.sites import Site
 
 _ROTARY, _ATTENTION, _SOFTMAX = "apply_rotary_pos_emb_0", "attention_interface_1", "nn_functional_softmax_0"
 """Operations in the source of transformers' attention and of its eager kernel, as nnsight numbers them."""
-_HIDDEN = torch.finfo(torch.float32).min / 2
 _ROTATED = ("q_rot", "k_rot")
 
 
@@ -162,13 +161,14 @@ class _Meetings:
     def _pattern(self, site: Site) -> None:
         softmax = getattr(getattr(self.source(site.layer), _ATTENTION).source, _SOFTMAX)
         if site.kind == "pattern":
-            old = softmax.output
+            raw = softmax.output  # in float32, and rounded to the model's dtype before it goes on
+            old = raw.to(self.backend.model.dtype)
             new = self.visits.at(site, old)
             if new is not old or site in self.visits.grads:
-                softmax.output = new
+                softmax.output = new.to(raw.dtype)
             return
         raw = softmax.input
-        old = raw.masked_fill(raw < _HIDDEN, float("-inf"))
+        old = masked(raw)
         new = self.visits.at(site, old)
         if new is not old or site in self.visits.grads:
             softmax.input = new.masked_fill(new.isneginf(), torch.finfo(new.dtype).min)
