@@ -14,8 +14,8 @@ from mechinterp.analyzers import TABLE
 from mechinterp.cli.main import app
 from mechinterp.core.result import Result
 from mechinterp.core.trace import Read
-from mechinterp.engine.backward import backward
 from mechinterp.engine.backends.transformer_lens import BridgeBackend
+from mechinterp.engine.backward import backward
 from mechinterp.errors import ModelError
 from mechinterp.sites import Site
 from mechinterp.studies import equivalence as study
