@@ -15,6 +15,7 @@ from mechinterp.engine.forward import forward
 from mechinterp.errors import ExamplesError, HookError, ModelError, SiteError
 from mechinterp.model.slices import PATTERN_KINDS
 from mechinterp.sites import Site
+from mechinterp.studies.equivalence import TOLERANCES
 from mechinterp.testing import tiny
 
 IDS = [[3, 5, 7, 9, 11, 2, 8, 4], [4, 6, 9, 2, 5], [3, 5, 7, 9, 11, 2]]
@@ -290,3 +291,61 @@ def test_an_nnsight_model_that_exists_already() -> None:
         assert off(found[site][0], expected[site][0]) < TOLERANCE
     with pytest.raises(SiteError, match=r"pattern.1 cannot be read .* make the model with attn_implementation='eager'"):
         model.trace(IDS, sites.pattern(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_half_precision_is_transformers_own(family: str, dtype: torch.dtype, backend: str) -> None:
+    """Norms, rotary and softmax are rounded where transformers rounds them: logits are its own to the bit, with eager
+    attention. What is masked is -inf in every dtype, and sites are the native engine's within rounding.
+    """
+    native = tiny(family, dtype=dtype)
+    other = native.with_backend(backend)
+    eager = copy.deepcopy(native.hf)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(other.trace(IDS[:1], "logits")["logits"], eager(torch.tensor(IDS[:1])).logits)
+    batch, reads = native.tokenize(IDS).batch(range(3)), [Read(site) for site in able(other, "read")]
+    expected, found = (forward(model, batch, reads).values for model in (native, other))
+    real = batch.mask
+    for read in reads:
+        a, b = found[read], expected[read]
+        assert a.dtype == b.dtype
+        where = real
+        if read.site.kind in PATTERN_KINDS:
+            where = (real[:, None, :, None] & real[:, None, None, :]).expand_as(b)
+            assert torch.equal(a.isneginf() & where, b.isneginf() & where), read.site
+            where = where & ~b.isneginf()
+        assert off(a[where].float(), b[where].float()) < TOLERANCES[dtype], read.site
+
+
+def test_texts_are_tokenized_by_us_whoever_runs_the_model(backend: str) -> None:
+    """No BOS that the tokenizer would not put there; docs/backends.md has what a bridge makes of the text itself."""
+    native = tiny_of("qwen3")
+    tokenizer = copy.deepcopy(native.tokenizer)
+    tokenizer.bos_token = "<unk>"
+    model, text = mi.Model(native.hf, tokenizer, "begun"), "When Mary and John went to the store"
+    expected, found = (each.trace(text, "logits") for each in (model, model.with_backend(backend)))
+    assert found.batch.ids.tolist() == expected.batch.ids.tolist() == [tokenizer(text)["input_ids"]]
+    assert tokenizer.bos_token_id not in found.batch.ids
+    assert off(found["logits"], expected["logits"]) < TOLERANCE
+
+
+def test_an_edit_of_the_middle_of_a_layer_reaches_both_ways_out_of_it() -> None:
+    """TransformerLens's own hook there changes what the MLP reads and leaves the residual stream as it was."""
+    model = tiny_of("llama")
+    other = on("llama", "transformer_lens")
+    after = Site("resid_post", 1)
+    own: dict[str, torch.Tensor] = {}
+    other.backend.bridge.run_with_hooks(  # type: ignore[union-attr]
+        torch.tensor(IDS[:1]),
+        fwd_hooks=[
+            ("blocks.1.hook_resid_mid", lambda value, hook: torch.zeros_like(value)),
+            ("blocks.1.hook_resid_post", lambda value, hook: own.update(after=value.detach())),
+        ],
+    )
+    plain = model.trace(IDS[:1], ["resid_mid.1"])["resid_mid.1"]
+    assert off(own["after"], plain) < TOLERANCE, "TransformerLens has mended hook_resid_mid: say so in docs/backends.md"
+    for each in (model, other):
+        ours = each.trace(IDS[:1], after, interventions=mi.Zero(sites.resid_mid(1)))[after]
+        assert ours.abs().max() < TOLERANCE * plain.abs().max()

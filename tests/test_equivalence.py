@@ -6,12 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import xarray as xr
 from typer.testing import CliRunner
 
 import mechinterp as mi
+from mechinterp.analyzers import TABLE
 from mechinterp.cli.main import app
+from mechinterp.core.result import Result
+from mechinterp.core.trace import Read
 from mechinterp.engine.backends.transformer_lens import BridgeBackend
+from mechinterp.engine.backward import backward
 from mechinterp.errors import ModelError
+from mechinterp.sites import Site
 from mechinterp.studies import equivalence as study
 from mechinterp.studies.equivalence import Agreement, Equivalence, equivalence
 from mechinterp.testing import tiny
@@ -31,7 +37,9 @@ def test_sites_agree_and_what_is_lacking_is_said() -> None:
         assert lacking == ({("write", "router"), ("gradient", "router")} if backend == "transformer_lens" else set())
         assert all(row.relative < 1e-5 for row in mine if row.verdict == "agrees")
     assert found.summary.endswith(" agree, 2 are refused by name, 0 differ")
-    assert "| write | `router` | refused | " in found.markdown()
+    page = study.markdown({"moe": found, "again": found})
+    assert page.startswith("On `transformer_lens`:\n\n| site | moe | again |\n|---|---|---|\n| `embed` | ")
+    assert page.count("; refused: write, gradient |") == 2 and page.count("On `nnsight`:") == 1
     assert found.table()["verdict"].value_counts()["lacks"] == 2
     assert str(found).splitlines()[-1] == found.summary
 
@@ -63,19 +71,62 @@ def test_gaps() -> None:
         assert math.isinf(study._gap(torch.tensor([1.0, other]), torch.tensor([1.0, float("-inf")]), "")[1])
     rows = (Agreement("nnsight", "read", "z", 1.0, 1.0, 1e-4, "z.1"), Agreement("nnsight", "read", "q", 0.0, 0.0, 1e-4))
     assert Equivalence("m", rows).summary == "1 agree, 0 are refused by name, 1 differ; nnsight read z"
-    assert "**1.0e+00 (1.0e+00)**" in Equivalence("m", rows).markdown()
+    page = study.markdown({"m": Equivalence("m", rows), "n": Equivalence("n", rows[1:])})
+    assert page.splitlines()[-2:] == [
+        "| `z` | **1.0e+00 (1.0e+00)** | none |",
+        "| `q` | 0.0e+00 (0.0e+00) | 0.0e+00 (0.0e+00) |",
+    ]
 
 
-def test_analyzers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them here: all take longer than a test may."""
-    every = study._suite
-    monkeypatch.setattr(study, "_suite", lambda model: [each for each in every(model) if each[0] in CHOSEN])
+def test_every_analyzer_agrees() -> None:
+    """All that run on any model, on both backends; two sets have the names of classes and of what is refused."""
     model = tiny("llama")
+    rows = list(study._analyzers(model, {name: model.with_backend(name) for name in study.OTHERS}))
+    names = [row.name for row in rows if row.backend == "nnsight"]
+    assert len(names) == len(set(names)) and len(rows) == 2 * len(names)
+    assert {name.split("(")[0] for name in names} == OURS - WEIGHTS - FILES - HEADED
+    assert all(row.verdict == "agrees" for row in rows)
+    assert max(row.relative for row in rows) < 5e-5, max(rows, key=lambda row: row.relative)
+
+
+OURS = {entry.attr for entry in TABLE.values()}
+WEIGHTS = {"HeadWeights", "ClassifierWeights"}
+FILES = {"SyntacticHeads"}
+HEADED = {"Trajectory", "HighScoreTokens", "SpuriousPatterns"}
+"""Analyzers of our own; those that read weights alone, those of a file, and those of a classifier's head."""
+
+
+def test_a_classifiers_analyzers_agree() -> None:
+    model = tiny("qwen3", num_labels=2)
+    model.hf.config.pad_token_id = 0
     rows = list(study._analyzers(model, {"nnsight": model.with_backend("nnsight")}))
-    assert {row.name for row in rows} == CHOSEN and all(row.verdict == "agrees" for row in rows)
+    assert {row.name.split("(")[0] for row in rows} >= HEADED
+    assert all(row.verdict == "agrees" for row in rows)
 
 
-CHOSEN = {"LogitLens()", "AttributionPatching(atp, z)"}
+def test_an_analyzer_that_differs_is_found_out() -> None:
+    """Numbers, counts and names, each alone."""
+    data = xr.Dataset({"x": ("n", [1.0, -4.0]), "rank": ("n", [3, 10]), "token": ("n", ["a", "b"])})
+    for name, other, off in (("x", [1.0, -4.1], 0.025), ("rank", [3, 11], 0.05), ("token", ["a", "c"], 0.5)):
+        gaps = study._results(Result(data.assign({name: ("n", other)}), {}), Result(data, {}))
+        assert {where.split(":")[0]: relative for _, relative, where in gaps if relative} == {name: pytest.approx(off)}
+
+
+def test_gradients_are_of_answers_that_differ(smollm2: mi.Model) -> None:
+    """SmolLM2's tokens 5 and 9 are two that training never saw, with one logit: their difference has no gradient."""
+    batch = smollm2.tokenize(study._examples(smollm2)).batch(range(3))
+    site = Site("resid_post", 28)
+    assert backward(smollm2, batch, [site], mi.logit_diff())[0][Read(site)].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_shares_have_denominators(family: str) -> None:
+    """The pairs differ by as much as their logits do, so a share of it is no quotient of two roundings."""
+    model = tiny(family)
+    (examples,) = {id(each): each for name, a, each in study._suite(model) if name.startswith("PathPatching")}.values()
+    found = mi.run(model, examples, mi.PathPatching("logits", "attn_out", positions="end")).data
+    change = found["clean"].values - found["corrupted"].values
+    assert change.min() > 0.5 and change.mean() > 0.2 * abs(found["patched"].values).max()
 
 
 def test_unknown_backends(llama: mi.Model) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.errors import ExamplesError
+from mechinterp.errors import ExamplesError, NeedsError
 from mechinterp.shapes import Scores
 from mechinterp.sites import Site
 
@@ -138,6 +138,11 @@ class Loss(Metric):
     def score(self, logits: Tensor, batch: TokenBatch, rows: Rows, reference: Tensor | None) -> Scores:
         if int(batch.lengths.min()) < 2:
             raise ExamplesError("loss() needs at least two tokens in every example; give longer texts")
+        if int(batch.ids.max()) >= logits.shape[-1]:
+            raise NeedsError(
+                f"loss() is of the next token, and this model has {logits.shape[-1]} outputs, which are no vocabulary;"
+                " use log_odds() with a classifier"
+            )
         real = batch.mask[:, 1:] & batch.mask[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2), batch.ids[:, 1:], reduction="none"

@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,25 +13,38 @@ from torch import Tensor
 from mechinterp.analyzers.ablation import Ablation
 from mechinterp.analyzers.accuracy import Accuracy
 from mechinterp.analyzers.attribution import AttributionPatching
+from mechinterp.analyzers.categories import AttentionByCategory
 from mechinterp.analyzers.clusters import HeadClusters
-from mechinterp.analyzers.concept_directions import ConceptDirections
+from mechinterp.analyzers.concept_bottleneck import ConceptBottleneck
+from mechinterp.analyzers.concept_directions import ConceptAssociation, ConceptDirections
+from mechinterp.analyzers.concept_neurons import ConceptNeurons
+from mechinterp.analyzers.cross_lingual import CrossLingual
+from mechinterp.analyzers.dimensions import DimensionCorrelation
 from mechinterp.analyzers.direct import DirectLogitAttribution
 from mechinterp.analyzers.edges import EdgeAttribution
-from mechinterp.analyzers.gradients import GradientAnalysis
+from mechinterp.analyzers.feature_effects import FeatureEffects
+from mechinterp.analyzers.features import Features
+from mechinterp.analyzers.gradients import GradientAnalysis, NeuronImportance
 from mechinterp.analyzers.heads import HeadRoles
 from mechinterp.analyzers.hotspots import Hotspots
 from mechinterp.analyzers.lens import LogitLens
 from mechinterp.analyzers.max_activating import MaxActivating
 from mechinterp.analyzers.patching import ActivationPatching
 from mechinterp.analyzers.paths import PathPatching
-from mechinterp.analyzers.patterns import AttentionProfile
-from mechinterp.analyzers.similarity import Similarity
+from mechinterp.analyzers.patterns import AttentionPatterns, AttentionProfile
+from mechinterp.analyzers.probe import Probe, ProbeTransfer
+from mechinterp.analyzers.representation_map import RepresentationMap
+from mechinterp.analyzers.similarity import GroupSimilarity, Similarity
+from mechinterp.analyzers.spurious import SpuriousPatterns
 from mechinterp.analyzers.stats import ActivationStats
+from mechinterp.analyzers.steering import Steering
 from mechinterp.analyzers.token_attribution import TokenAttribution
 from mechinterp.analyzers.tracing import CausalTracing
+from mechinterp.analyzers.trajectory import HighScoreTokens, Trajectory
 from mechinterp.core.analyzer import Analyzer
 from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Apply
+from mechinterp.core.linear_probe import LinearProbe
 from mechinterp.core.metrics import logit_diff
 from mechinterp.core.result import Result
 from mechinterp.core.tokens import TokenBatch
@@ -42,6 +55,7 @@ from mechinterp.engine.forward import forward
 from mechinterp.engine.runner import run
 from mechinterp.engine.verify import prompts
 from mechinterp.errors import MechinterpError, ModelError
+from mechinterp.model.autoencoder import SparseAutoencoder
 from mechinterp.model.backend import NATIVE, Use
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS
@@ -49,9 +63,11 @@ from mechinterp.sites import Site
 
 OTHERS = tuple(name for name in NAMES if name != NATIVE)
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Largest difference relative to the largest value, by dtype."""
-_ERRORS = {"completeness_error": "attribution"}
+"""Largest difference relative to the largest value, by dtype. Half precision: of sites, whose analyzers only add up."""
+_ERRORS = {"completeness_error": "attribution", "additivity_error": "attribution"}
 """Values that are 0 but for rounding and quadrature, and what they are errors of."""
+_COUNTED = ("p", "q", "density")
+"""Last words of the names of floats that are counts of draws or of tokens."""
 _LAST = Read(Site("logits", positions="end"))
 
 
@@ -115,16 +131,6 @@ class Equivalence:
         names = ("backend", "what", "name", "absolute", "relative", "tolerance", "verdict", "detail")
         return pd.DataFrame({name: [getattr(row, name) for row in self.rows] for name in names})
 
-    def markdown(self) -> str:
-        """Site or analyzer by backend, as a table for a page: largest relative difference, and the absolute one."""
-        backends = list(dict.fromkeys(row.backend for row in self.rows))
-        cells = {(row.what, row.name, row.backend): row for row in self.rows}
-        lines = [f"| | site or analyzer | {' | '.join(backends)} |", f"|---|---|{'---|' * len(backends)}"]
-        for what, name in dict.fromkeys((row.what, row.name) for row in self.rows):
-            found = [cells.get((what, name, backend)) for backend in backends]
-            lines.append(f"| {what} | `{name}` | {' | '.join(map(_cell, found))} |")
-        return "\n".join(lines)
-
     def __str__(self) -> str:
         return "\n".join([self.model, HEAD, *map(str, self.rows), self.summary])
 
@@ -132,11 +138,43 @@ class Equivalence:
         return f"<p>{html.escape(self.model)}</p>{self.table().to_html(index=False)}"
 
 
-def _cell(row: Agreement | None) -> str:
-    if row is None or row.verdict == "lacks":
-        return "refused"
-    text = f"{row.relative:.1e} ({row.absolute:.1e})"
-    return text if row.verdict == "agrees" else f"**{text}**"
+def markdown(found: Mapping[str, Equivalence]) -> str:
+    """What was found on several models, for a page: the largest difference, relative (and absolute).
+
+    For each backend a table of sites, the worst of reading, writing and differentiating; then one of analyzers, the
+    worst of all backends. What differs is in bold.
+
+    Args:
+        found: by the name that stands above a column.
+    """
+    rows = [(model, row) for model, each in found.items() for row in each.rows]
+    out: list[str] = []
+    for backend in dict.fromkeys(row.backend for _, row in rows):
+        mine = [(model, row) for model, row in rows if row.backend == backend and row.what != "analyzer"]
+        out += [f"On `{backend}`:", "", *_grid("site", list(found), mine, "what"), ""]
+    if analyzers := [(model, row) for model, row in rows if row.what == "analyzer"]:
+        out += ["Analyzers, on both:", "", *_grid("analyzer", list(found), analyzers, "backend"), ""]
+    return "\n".join(out).rstrip()
+
+
+def _grid(head: str, models: Sequence[str], rows: Sequence[tuple[str, Agreement]], refused: str) -> list[str]:
+    """Name by model; `refused` is the field that says what of a cell a backend refuses."""
+    lines = [f"| {head} | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
+    for name in dict.fromkeys(row.name for _, row in rows):
+        cells = [_cell([row for of, row in rows if (of, row.name) == (model, name)], refused) for model in models]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(rows: Sequence[Agreement], refused: str) -> str:
+    done = [row for row in rows if row.verdict != "lacks"]
+    lacking = ", ".join(str(getattr(row, refused)) for row in rows if row.verdict == "lacks")
+    said = [f"refused: {lacking}"] if lacking else []
+    if done:
+        worst = max(done, key=lambda row: row.relative)
+        text = f"{worst.relative:.1e} ({worst.absolute:.1e})"
+        said.insert(0, f"**{text}**" if worst.verdict == "differs" else text)
+    return "; ".join(said) or "none"
 
 
 def equivalence(
@@ -171,11 +209,14 @@ def equivalence(
 
 
 def _examples(model: Model) -> Examples:
-    """Prompts of three lengths, with answers that any vocabulary has."""
+    """Prompts of three lengths; answers are each prompt's most and least likely, which no vocabulary lacks.
+
+    Two fixed tokens may be ones that no training has seen, whose logits are the same.
+    """
     ids = sorted(prompts(model), key=len)
     few = [ids[0], ids[len(ids) // 2], ids[-1]]
-    wrong = min(9, model.dims.n_outputs - 1)
-    return Examples.of(few, answers=[(min(5, wrong - 1), wrong)] * 3)
+    logits = forward(model, model.tokenize(Examples.of(few)).batch(range(3), model.device), [_LAST]).values[_LAST]
+    return Examples.of(few, answers=[(int(row.argmax()), int(row.argmin())) for row in logits])
 
 
 def _kinds(model: Model) -> dict[str, list[Site]]:
@@ -282,56 +323,111 @@ def _gradients(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
 
 
 def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
-    """Analyzers of each kind, with the examples that they are compared on."""
+    """Analyzers of each kind, with the examples that they are compared on.
+
+    What trains nothing and needs no files: an SAE and a probe have random weights. In deep models the sweeps take
+    three layers, as every cell is a pass. Left out are those that read weights alone, which backends share, and those
+    of a file.
+    """
+    n, width = model.dims.n_layers, model.dims.d_model
+    some, middle = tuple(sorted({0, n // 2, n - 1})), (n // 2,)
     ids = [list(row[:8]) for row in sorted(prompts(model), key=len)]
-    wrong = min(9, model.dims.n_outputs - 1)
-    answer = (min(5, wrong - 1), wrong)
-    plain = Examples.of(ids, labels=["a", "b"] * 4, answers=[answer] * len(ids))
-    clean, n = [ids[0], ids[-1]], model.dims.n_layers
-    other = [[*row[:1], (row[1] + 1) % model.dims.vocab, *row[2:]] for row in clean]
-    pairs = Examples.pairs(clean, other, answers=[answer] * 2, spans={"subject": [(1, 2)] * 2})
+    # Each begins with another token: texts that begin alike have equal numbers, whose order is chance.
+    texts = [[(7 + i) % model.dims.vocab, *row[1:]] for i, row in enumerate([*ids, *(row[::-1] for row in ids)])]
+    clean = [ids[0], ids[-1]]
+    corrupted = [[*row[:1], (row[1] + 1) % model.dims.vocab, *row[2:]] for row in clean]
+    answers = _told_apart(model, clean, corrupted)
+    labelled = Examples.of(texts, labels=["a"] * 8 + ["b"] * 8, answers=[answers[0]] * 16)
+    labelled = labelled.with_category("second", [[(1, 2)]] * 16)
+    pairs = Examples.pairs(clean, corrupted, answers=answers, spans={"subject": [(1, 2)] * 2})
+
+    draw = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, width, generator=draw) / width**0.5
+    site = Site("resid_post", n // 2)
+    probe = LinearProbe(site, ("a", "b"), directions, torch.zeros(2))
+    encoder = torch.randn(width, 32, generator=draw) / width**0.5
+    sae = SparseAutoencoder(site, encoder, torch.zeros(32), encoder.T.contiguous(), torch.zeros(width))
+
     forwards: list[Analyzer] = [
         LogitLens(),
         DirectLogitAttribution(),
         Accuracy(),
         ActivationStats(),
+        AttentionPatterns(),
         AttentionProfile(),
+        AttentionByCategory(queries="all"),
         HeadRoles(sequences=2, length=8),
         HeadClusters(shown=4),
         Hotspots(pairs=3),
         MaxActivating("resid_post", top=3),
         Similarity(draws=5),
+        GroupSimilarity(draws=19),
+        RepresentationMap(clusters=2),
+        CrossLingual((*range(8), *range(8)), draws=19),
+        DimensionCorrelation({"number": tuple(map(float, range(16)))}),
         ConceptDirections(folds=3),
+        ConceptAssociation(probe),
+        Probe((site,), folds=3),
+        ProbeTransfer(run(model, labelled, Probe((site,), folds=3))),
+        Features(sae, top=3, context=2, metric=logit_diff()),
+        Trajectory(),
+        HighScoreTokens(top=3),
     ]
-    backwards: list[Analyzer] = [
+    gradients: list[Analyzer] = [
         GradientAnalysis(),
         TokenAttribution("grad-x-input"),
+        TokenAttribution("head-x-representation"),
+    ]
+    swept: list[Analyzer] = [
+        NeuronImportance(sizes=(4,)),
+        ConceptNeurons(layers=some, sizes=(4,), draws=2, top=3, shown=2),
+        ConceptBottleneck({"a": directions[0], "b": directions[1]}, site, folds=3, draws=3),
+        Steering(probe, strengths=(4.0,), draws=2),
+        FeatureEffects(sae, top=3),
+        SpuriousPatterns(least=2),
+    ]
+    paired: list[Analyzer] = [
         TokenAttribution("integrated-gradients"),
+        TokenAttribution("partition-shap", evaluations=32),
         AttributionPatching("z", heads="each"),
         AttributionPatching("q", heads="each", positions="end", method="atp*"),
         EdgeAttribution("eap"),
         EdgeAttribution("eap-ig-inputs", steps=2),
-    ]
-    middle = (n // 2,)
-    sweeps: list[Analyzer] = [
-        ActivationPatching("resid_pre", positions=(1, "end")),
+        ActivationPatching("resid_pre", positions=(1, "end"), layers=some),
+        ActivationPatching("mlp_out", positions="end", layers=some, direction="noise"),
         ActivationPatching("z", heads="each", positions="end", layers=middle),
-        PathPatching("logits", "attn_out", positions="end"),
-        CausalTracing(kinds=("states",), copies=1, layers=middle, skip_wrong=False),
-        Ablation("mlp_out", heads=None),
+        PathPatching("logits", "attn_out", positions="end", layers=some),
+        CausalTracing(copies=1, window=2, layers=middle, skip_wrong=False),
+        Ablation("mlp_out", heads=None, layers=some),
     ]
-    on = [(a, plain) for a in forwards] + [(a, plain) for a in backwards[:3]] + [(a, pairs) for a in backwards[3:]]
-    return [(_name(a), a, examples) for a, examples in [*on, *((a, pairs) for a in sweeps)]]
+    return [
+        (_name(analyzer), analyzer, examples)
+        for analyzers, examples in (([*forwards, *gradients, *swept], labelled), (paired, pairs))
+        for analyzer in analyzers
+    ]
+
+
+def _told_apart(model: Model, clean: Sequence[list[int]], corrupted: Sequence[list[int]]) -> list[tuple[int, int]]:
+    """For each pair the two outputs whose logit difference it changes most.
+
+    What is normalised by the change is then no quotient of two roundings.
+    """
+    batch = model.tokenize(Examples.of([*clean, *corrupted])).batch(range(2 * len(clean)), model.device)
+    one, other = forward(model, batch, [_LAST]).values[_LAST].double().chunk(2)
+    return [(int(change.argmax()), int(change.argmin())) for change in one - other]
 
 
 def _name(analyzer: Analyzer) -> str:
-    given = [str(getattr(analyzer, field)) for field in ("method", "site") if hasattr(analyzer, field)]
+    given = [str(getattr(analyzer, name)) for name in ("method", "site", "senders") if hasattr(analyzer, name)]
     return f"{type(analyzer).__name__}({', '.join(given)})"
 
 
 def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
     for name, analyzer, examples in _suite(native):
-        expected = run(native, examples, analyzer, batch_size=3)
+        try:
+            expected = run(native, examples, analyzer, batch_size=3)
+        except MechinterpError:  # of a classifier, or of what has no neurons: not this model's
+            continue
         for backend, other in others.items():
             try:
                 found = run(other, examples, analyzer, batch_size=3)
@@ -342,14 +438,27 @@ def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
 
 
 def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, str]]:
-    """Of every number of a result that is no count; what should be 0 is held against what it is an error of."""
-    yield 0.0, 0.0, ""
-    for name, value in expected.data.data_vars.items():
+    """Of every variable of a result.
+
+    - The largest difference is held against the variable's largest value, since a small value is often what is left of
+      large ones; what should be 0 is held against the largest of what it is an error of.
+    - What is counted jumps where two numbers are nearly equal: of ranks, numbers of texts, p, q and shares of tokens it
+      is the mean over the variable's entries, and of names the share that are others.
+    """
+    for name, value in {str(name): value for name, value in expected.data.variables.items()}.items():
         a, b = np.asarray(found.data[name].values), np.asarray(value.values)
         if a.shape != b.shape:
             yield math.inf, math.inf, f"{name} has another shape"
-        elif b.dtype.kind == "f":
-            absolute, relative, where = _gap(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()), str(name))
-            if (of := _ERRORS.get(str(name))) is not None:
+        elif b.dtype.kind not in "fiu":
+            share = float((a != b).mean()) if a.size else 0.0
+            yield share, share, name
+        else:
+            counted = b.dtype.kind != "f" or name.split("_")[-1] in _COUNTED
+            a, b = (torch.from_numpy(each.astype(float)) for each in (a, b))
+            absolute, relative, _ = _gap(a, b, name)
+            if counted and math.isfinite(absolute) and relative:
+                mean = float((a - b).abs().nanmean())
+                absolute, relative = mean, relative * mean / absolute
+            if (of := _ERRORS.get(name)) is not None:
                 relative = absolute / float(np.nanmax(np.abs(expected.data[of].values)))
-            yield absolute, relative, where
+            yield absolute, relative, name

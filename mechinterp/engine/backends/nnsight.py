@@ -87,6 +87,7 @@ class NNsightBackend:
         how = {"q_rot": "rotated", "k_rot": "rotated", "scores": "pattern", "pattern": "pattern", "head_out": "heads"}
         out: dict[str, Any] = {"kind": site.kind, "layer": site.layer, "how": how.get(site.kind, "module")}
         out |= {"path": place.path, "end": place.end, "heads": self.dims.heads(site.kind), "examples": len(batch)}
+        out |= {"dtype": self.model.dtype}
         if site.kind == "head_out":
             out["weight"] = self.weight(site.layer or 0)
         return out | ({"route": self.route} if site.kind == "router" else {})

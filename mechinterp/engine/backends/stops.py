@@ -10,7 +10,6 @@ import torch
 
 _ROTARY, _ATTENTION, _SOFTMAX = "apply_rotary_pos_emb_0", "attention_interface_1", "nn_functional_softmax_0"
 """Operations in the source of transformers' attention and of its eager kernel, as nnsight numbers them."""
-_HIDDEN = torch.finfo(torch.float32).min / 2
 
 
 def visit(envoy: Any, stops: Any, at: Any) -> None:
@@ -95,12 +94,13 @@ def _rotated(source: Any, numbers: Any, stops: Any, at: Any) -> None:
 def _pattern(softmax: Any, number: Any, stop: Any, at: Any) -> None:
     """Scores are what goes into the softmax, -inf where a key is hidden; the pattern comes out."""
     if stop["kind"] == "pattern":
-        new = at(number, softmax.output)
+        raw = softmax.output  # in float32, and rounded to the values' dtype before it goes on
+        new = at(number, raw.to(stop["dtype"]))
         if new is not None:
-            softmax.output = new
+            softmax.output = new.to(raw.dtype)
         return
     raw = softmax.input
-    new = at(number, raw.masked_fill(raw < _HIDDEN, float("-inf")))
+    new = at(number, raw.masked_fill(raw < torch.finfo(raw.dtype).min / 2, float("-inf")))
     if new is not None:
         softmax.input = new.masked_fill(new.isneginf(), torch.finfo(new.dtype).min)
 

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read
-from mechinterp.engine.backends.visits import Visits
+from mechinterp.engine.backends.visits import Visits, masked
 from mechinterp.errors import ModelError
 from mechinterp.model.backend import Seen, Use
 from mechinterp.model.model import Model
 from mechinterp.sites import Site
 
-_HIDDEN = torch.finfo(torch.float32).min / 2
 _TURNED = ("q_normed", "k_normed")
 """Kinds that TransformerLens holds as ``batch head pos d_head``."""
 _WRAPPED = "_original_component."
@@ -115,8 +114,8 @@ def ours(site: Site, value: Tensor, examples: int) -> Tensor:
     """What TransformerLens holds at a site, with the site's own axes."""
     if site.kind in _TURNED:
         return value.transpose(1, 2)
-    if site.kind == "scores":  # masked by the least number of the dtype
-        return value.masked_fill(value < _HIDDEN, float("-inf"))
+    if site.kind == "scores":
+        return masked(value)
     return value.view(examples, -1, value.shape[-1]) if site.kind == "router" else value
 
 

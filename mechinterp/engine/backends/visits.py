@@ -133,3 +133,8 @@ class Visits:
                     " place in this pass; check that nothing replaced it"
                 )
         return Seen(self.values, self.captured, frozenset(self.reached))
+
+
+def masked(scores: Tensor) -> Tensor:
+    """Scores with -inf where a library has added the least number of the dtype, which fp16 reaches soon."""
+    return scores.masked_fill(scores < torch.finfo(scores.dtype).min / 2, float("-inf"))
