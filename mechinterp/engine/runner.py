@@ -1,6 +1,7 @@
 """Carry out a plan: rounds, batches by length, progress, out-of-memory back-off."""
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 import time
@@ -179,6 +180,9 @@ def run(
     return done[0] if single else done
 
 
+_version = functools.cache(importlib.metadata.version)
+
+
 def provenance(model: Model) -> dict[str, Any]:
     """What a number depends on beside the examples: versions, weights, dtype, kernel."""
     packages = ("mechinterp", "torch", "transformers")
@@ -191,7 +195,7 @@ def provenance(model: Model) -> dict[str, Any]:
         "backend": NATIVE if model.backend is None else f"{model.backend.name} {model.backend.version}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
 
 
