@@ -113,7 +113,10 @@ def test_explain_prediction(tiny_folder: Path, tmp_path: Path) -> None:
 def test_feature_attribution(tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     methods = ("--method", "grad-x-input", "--method", "partition-shap", "--evaluations", 20)
-    said(invoke("feature-attribution", tiny_folder, pairs, *methods, "--template", "a book : {text}", "--out", out))
+    around = ("--template", r"a book : {text}\n")  # as a shell's quotes leave it
+    told = said(invoke("feature-attribution", tiny_folder, pairs, *methods, *around, "--out", out))
+    assert told.count("Most contribute, on average where they occur: “") == 2 and "within 0.0% of their size" in told
+    assert "\\" not in (out / "tables" / "token-attribution-word-attribution.csv").read_text()
     table = pd.read_csv(out / "tables" / "token-attribution-word-attribution.csv")
     assert "book" not in table["word"].fillna("").tolist()[:1]  # of the template
     one = tmp_path / "one"
@@ -124,9 +127,11 @@ def test_feature_attribution(tiny_folder: Path, pairs: Path, tmp_path: Path) -> 
 
 
 def test_gradients_and_neurons(tiny_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    said(invoke("analyze-gradients", tiny_folder, pairs, "--no-attention", "--out", tmp_path / "g"))
+    told = said(invoke("analyze-gradients", tiny_folder, pairs, "--no-attention", "--out", tmp_path / "g"))
+    assert "mlp_out: the gradient is largest at layer" in told
     assert (tmp_path / "g" / "report.html").exists()
-    said(invoke("rank-neuron-importance", tiny_folder, pairs, "--sizes", "1,4", "--out", tmp_path / "n"))
+    told = said(invoke("rank-neuron-importance", tiny_folder, pairs, "--sizes", "1,4", "--out", tmp_path / "n"))
+    assert "With the first 4 neurons switched off it is" in told
     tables = [pd.read_csv(path) for path in (tmp_path / "n" / "tables").glob("*.csv")]
     ranks = next(table for table in tables if {"layer", "neuron", "rank"} <= set(table.columns))
     assert sorted(ranks["rank"]) == list(range(len(ranks)))

@@ -514,6 +514,13 @@ def test_hostile_text_is_only_ever_text(read: Reader) -> None:
     assert len(read.scripts) == 5  # three figures, the library and what starts it
 
 
+def test_a_list_in_an_explanation_is_a_list(result: mi.Result) -> None:
+    told = "Of *two* kinds:\n- ``a``, which\n  is first;\n- <b>."
+    text = page("t", {"r": result}, plan="", manifest={}, explanations={"MadeUp": told})
+    assert "<p>Of two kinds:</p><ul><li>a, which is first;</li><li>&lt;b&gt;.</li></ul>" in text
+    assert "What was shared" not in text  # where there is no plan
+
+
 def test_a_long_option_is_shortened(result: mi.Result) -> None:
     groups = str(("film",) * 216)
     long = result.with_meta(options={"groups": groups})

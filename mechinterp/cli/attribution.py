@@ -26,6 +26,7 @@ from mechinterp.cli.study import (
     read_examples,
     reported,
     study,
+    unescaped,
 )
 from mechinterp.errors import ExamplesError
 
@@ -87,7 +88,11 @@ def feature_attribution(
     wrong: Wrong = None,
     template: Annotated[
         str | None,
-        typer.Option("--template", help="The prompt around every text, {text}; then only the text is attributed."),
+        typer.Option(
+            "--template",
+            callback=unescaped,
+            help="The prompt around every text, {text}; then only the text is attributed. \\n is a new line.",
+        ),
     ] = None,
     method: Methods = None,
     baseline: BaselineOption = Baseline.mean,
@@ -195,7 +200,12 @@ def explain_prediction(
         ),
     ] = None,
     template: Annotated[
-        str | None, typer.Option("--template", help="The prompt, with {text} in it; by default a question.")
+        str | None,
+        typer.Option(
+            "--template",
+            callback=unescaped,
+            help="The prompt, with {text} in it; by default a question. \\n is a new line.",
+        ),
     ] = None,
     depth: Annotated[
         Depth,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import mechinterp as mi
-from mechinterp.cli.study import Debug, Device, Dtype, ModelArgument, Out, Seed, check_out, reported
+from mechinterp.cli.study import Debug, Device, Dtype, ModelArgument, Out, Seed, check_out, reported, unescaped
 
 EVALUATED, TRAINED, EXPLAINED = 300, 600, 10
 """Texts, if no other number is given and there are so many."""
@@ -35,7 +35,12 @@ def compare_finetuned(
         ),
     ] = None,
     template: Annotated[
-        str | None, typer.Option("--template", help="The prompt, with {text} in it; by default a question.")
+        str | None,
+        typer.Option(
+            "--template",
+            callback=unescaped,
+            help="The prompt, with {text} in it; by default a question. \\n is a new line.",
+        ),
     ] = None,
     answer: Annotated[
         str | None, typer.Option("--answer", help='How a label continues it; " {label}", in a chat "{label}".')

@@ -147,6 +147,11 @@ def study(
     return model, results
 
 
+def unescaped(template: str | None) -> str | None:
+    """A template as it was meant: a shell's quotes leave a backslash and an n where a new line should be."""
+    return template and template.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def explanation(what: object) -> str:
     """The paragraphs of a docstring before it turns to the result's columns and the options."""
     paragraphs = (inspect.getdoc(what) or "").split("\n\n")

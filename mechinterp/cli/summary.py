@@ -46,6 +46,12 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
             out += _most_active(result)
         if result.meta.get("analyzer") == "ConceptNeurons":
             out += _concepts(result)
+        if result.meta.get("analyzer") == "TokenAttribution":
+            out += _attribution(result)
+        if result.meta.get("analyzer") == "GradientAnalysis":
+            out += _gradient(result)
+        if result.meta.get("analyzer") == "NeuronImportance":
+            out += _importance(result)
     return out + _shared(plan, results)
 
 
@@ -309,6 +315,52 @@ def _concepts(result: Result) -> list[str]:
         )
         if "effect" in data:
             out.append(_off(one, visible(label, 20, spaces=False), str(result.meta["metric"])))
+    return out
+
+
+def _attribution(result: Result) -> list[str]:
+    """The words that contribute most where they occur, and what is left over."""
+    data: Any = result.data
+    unit = result.views[0].unit
+    terms = [
+        f"“{visible(str(term), 20)}” {float(value):+.3g}"
+        for term, value in zip(data["term"].values[:NEURONS], data["mean_attribution"].values, strict=False)
+    ]
+    out = f"Most contribute, on average where they occur: {', '.join(terms)} ({unit})."
+    for name in ("completeness_error", "additivity_error"):
+        if name in data:
+            size = np.nansum(np.abs(data["attribution"].transpose("example", "position").values), 1)
+            share = float((np.abs(data[name].values) / np.maximum(size, 1e-12)).max())
+            out += f" They add up to the change of the metric within {share:.1%} of their size."
+    return [out]
+
+
+def _gradient(result: Result) -> list[str]:
+    """Where the gradient is largest."""
+    out: list[str] = []
+    for kind in result.data["kind"].values.tolist():
+        one = result.data.sel(kind=kind)
+        at = one.isel(layer=int(one["by_layer"].values.argmax()))
+        value, low, high = (float(at[name]) for name in ("by_layer", "ci_low", "ci_high"))
+        out.append(
+            f"{kind}: the gradient is largest at layer {int(at['layer'])}, {value:.3g} ({low:.3g} to {high:.3g})."
+        )
+    return out
+
+
+def _importance(result: Result) -> list[str]:
+    """The first neurons of the ranking, and what switching them off does."""
+    data: Any = result.data
+    rank = data["rank"].transpose("layer", "neuron").values
+    first = np.dstack(np.unravel_index(np.argsort(rank, None)[:CELLS], rank.shape))[0].tolist()
+    named = [f"mlp_act.{int(data['layer'][i])}.n{int(data['neuron'][j])}" for i, j in first]
+    out = [f"The first neurons of the ranking are {', '.join(named)}. The metric is {float(data['clean'].mean()):.3g}."]
+    for size in data["size"].values.tolist():
+        off = [data.sel(size=size, order=order) for order in ("ranked", "random")]
+        said = [f"{float(o['curve']):.3g} ({float(o['ci_low']):.3g} to {float(o['ci_high']):.3g})" for o in off]
+        out.append(
+            f"With the first {count(int(size), 'neuron')} switched off it is {said[0]}; as many random ones, {said[1]}."
+        )
     return out
 
 

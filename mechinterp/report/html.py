@@ -162,7 +162,7 @@ def _section(name: str, result: Result, explanations: Mapping[str, str], figures
     analyzer = str(result.meta.get("analyzer", name))
     out = [f'<h2 id="{_text(name)}">{_text(_spaced(analyzer))}</h2>']
     if analyzer in explanations:
-        out += [f"<p>{_text(_prose(p))}</p>" for p in explanations[analyzer].strip().split("\n\n")]
+        out += map(_paragraph, explanations[analyzer].strip().split("\n\n"))
     options = ", ".join(f"{k} = {_short(v)}" for k, v in dict(result.meta.get("options", {})).items())
     if options:
         out.append(f'<p class="quiet">Options: {_text(options)}.</p>')
@@ -262,6 +262,13 @@ def _spaced(name: str) -> str:
     """CamelCase as words, the first one capital."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).split()
     return " ".join([words[0], *(w.lower() for w in words[1:])]) if words else name
+
+
+def _paragraph(text: str) -> str:
+    """A paragraph of a docstring, or a list."""
+    before, *items = re.split(r"(?:^|\n)- ", text)
+    out = f"<p>{_text(_prose(before))}</p>" if before.strip() else ""
+    return out + (f"<ul>{''.join(f'<li>{_text(_prose(item))}</li>' for item in items)}</ul>" if items else "")
 
 
 def _prose(text: str) -> str:
