@@ -414,3 +414,13 @@ def test_hidden_states_that_somebody_asked_for_leave_sweeps_packed() -> None:
     handle = model.hf.model.layers[1].register_forward_hook(lambda *_: None)
     assert "must see every row" in (why_full(model, mi.Sweep(mi.logit_diff(), mi.sites.resid_pre())) or "")
     handle.remove()
+
+
+def test_rows_that_change_nothing_leave_the_unedited_runs_alone_in_flight(
+    model: mi.Model, ids: list[list[int]]
+) -> None:
+    pairs = mi.Examples.pairs([ids[0]], [ids[0]], answers=[(5, 9)])
+    sweep = mi.Sweep(mi.logit_diff(), mi.sites.resid_pre())
+    swept = sweep_packed(model, model.tokenize(pairs).batch([0]), sweep)
+    assert swept.values is not None and swept.base is not None
+    assert torch.equal(swept.values, swept.base.view(1, 1).expand_as(swept.values))

@@ -234,7 +234,7 @@ class Cells:
         edited input of each example does.
         """
         metric = self.sweep.metric
-        alone = len(rows) == 0 or np.bincount(rows.example[rows.cell < self.grid.rows]).max() == 1
+        alone = np.bincount(rows.example[rows.cell < self.grid.rows]).max(initial=0) <= 1
         if self.edited is None or alone or metric is None or metric.positions is None:
             return rows.take(rows.neighbours()), None
         width, begin = int(rows.length.max()), int(rows.start.min())
