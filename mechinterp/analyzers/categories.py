@@ -316,7 +316,7 @@ def _views(data: xr.Dataset) -> tuple[View, ...]:
     for name in groups:
         views.append(
             View("bars", "ratio", "category", title=f"Attention over what is expected{of[name]}",
-                 unit="ratio, mean over layers and heads", center=1.0, select={"group": name})
+                 unit="ratio, mean over layers and heads", center=1.0, select={"group": name}, interval=False)
         )  # fmt: skip
     mean = f"{unit}, mean over heads"
     if data.sizes["group"] == 1:
