@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import xarray as xr
@@ -73,8 +74,8 @@ def test_gaps() -> None:
     assert Equivalence("m", rows).summary == "1 agree, 0 are refused by name, 1 differ; nnsight read z"
     page = study.markdown({"m": Equivalence("m", rows), "n": Equivalence("n", rows[1:])})
     assert page.splitlines()[-2:] == [
-        "| `z` | **1.0e+00 (1.0e+00)** | none |",
         "| `q` | 0.0e+00 (0.0e+00) | 0.0e+00 (0.0e+00) |",
+        "| `z` | **1.0e+00 (1.0e+00)** | – |",
     ]
 
 
@@ -110,6 +111,28 @@ def test_an_analyzer_that_differs_is_found_out() -> None:
     for name, other, off in (("x", [1.0, -4.1], 0.025), ("rank", [3, 11], 0.05), ("token", ["a", "c"], 0.5)):
         gaps = study._results(Result(data.assign({name: ("n", other)}), {}), Result(data, {}))
         assert {where.split(":")[0]: relative for _, relative, where in gaps if relative} == {name: pytest.approx(off)}
+
+
+def test_ends_of_intervals_and_what_is_left_of_sums_have_the_scale_of_the_whole() -> None:
+    dims, there = ("example", "position"), [[1.0, -3.0], [2.0, math.nan]]
+    data = xr.Dataset({"attribution": (dims, there), "completeness_error": ("example", [0.01, 0.0])})
+    data = data.assign(x_ci_low=("n", [0.0, -0.5]), x_ci_high=("n", [5.0, math.nan]))
+    expected = Result(data, {})
+    scales = {str(name): study._scale(str(name), expected) for name in data.variables}
+    assert scales == {"attribution": 3.0, "completeness_error": 4.0, "x_ci_low": 5.0, "x_ci_high": 5.0}
+    other = Result(data.assign(x_ci_low=("n", [0.1, -0.5])), {})
+    assert [gap for gap in study._results(other, expected) if gap[0]] == [(0.1, 0.02, "x_ci_low")]
+
+
+def test_heads_by_a_file_and_by_weights_agree() -> None:
+    """What `equivalence` leaves out: it has no file, and weights are the same ones."""
+    model = tiny("qwen3")
+    analyzers = [mi.SyntacticHeads(str(Path(__file__).parent / "sentences.conllu"), least=2), mi.HeadWeights()]
+    expected = mi.run(model, [[5]], analyzers)
+    for name in study.OTHERS:
+        for found, ours in zip(mi.run(model.with_backend(name), [[5]], analyzers), expected, strict=True):
+            assert max(relative for _, relative, _ in study._results(found, ours)) < 1e-5
+            assert any(np.isfinite(value).any() for value in ours.data.values() if value.dtype.kind == "f")
 
 
 def test_gradients_are_of_answers_that_differ(smollm2: mi.Model) -> None:

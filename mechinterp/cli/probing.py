@@ -297,16 +297,19 @@ def steer(
             strengths=tuple(strength or (-8.0, 8.0)), words=tuple(word or ()), max_new_tokens=tokens, seed=seed,
             progress=True, pad_token_id=0,
         )  # fmt: skip
-        for row in result.table("text").to_dict("records"):
-            if row["strength"] or row["direction"] != "random":
-                typer.echo(f"{row['direction']} {row['strength']:+g}: {' '.join(str(row['text']).split())}")
+        written = [
+            f"{row['direction']} {row['strength']:+g}: {' '.join(str(row['text']).split())}"
+            for row in result.table("text").to_dict("records")
+            if row["strength"] or row["direction"] != "random"
+        ]
+        typer.echo("\n".join(written))
         typer.echo(f"\n{result.table('mean').to_string(index=False)}")
         about = {
             **{k: result.meta[k] for k in PROVENANCE if k in result.meta},
             "command": shlex.join(["mechinterp", *sys.argv[1:]]),
         }
         title = f"Steering {loaded.name} at {probe.site}"
-        typer.echo(f"\nreport: {write_study(out, title, [result], plan='', manifest=about)}")
+        typer.echo(f"\nreport: {write_study(out, title, [result], plan='', manifest=about, summary=written)}")
 
 
 def _units(at: Where, pool: Pooling) -> dict[str, Any]:

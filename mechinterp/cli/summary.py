@@ -1,7 +1,7 @@
 """The findings of a study in sentences, for the terminal and the top of the report."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,27 +31,21 @@ def findings(results: Sequence[Result], plan: Plan) -> list[str]:
         out += _direct(direct, lens)
     if roles is not None:
         out += _roles(roles)
+    sentences: dict[str, Callable[[Result], list[str]]] = {
+        "ActivationPatching": _patching,
+        "CausalTracing": _tracing,
+        "Probe": _probe,
+        "ConceptDirections": _directions,
+        "ActivationStats": _activations,
+        "MaxActivating": _most_active,
+        "ConceptNeurons": _concepts,
+        "TokenAttribution": _attribution,
+        "GradientAnalysis": _gradient,
+        "NeuronImportance": _importance,
+    }
     for result in results:
-        if result.meta.get("analyzer") == "ActivationPatching":
-            out += _patching(result)
-        if result.meta.get("analyzer") == "CausalTracing":
-            out += _tracing(result)
-        if result.meta.get("analyzer") == "Probe":
-            out += _probe(result)
-        if result.meta.get("analyzer") == "ConceptDirections":
-            out += _directions(result)
-        if result.meta.get("analyzer") == "ActivationStats":
-            out += _activations(result)
-        if result.meta.get("analyzer") == "MaxActivating":
-            out += _most_active(result)
-        if result.meta.get("analyzer") == "ConceptNeurons":
-            out += _concepts(result)
-        if result.meta.get("analyzer") == "TokenAttribution":
-            out += _attribution(result)
-        if result.meta.get("analyzer") == "GradientAnalysis":
-            out += _gradient(result)
-        if result.meta.get("analyzer") == "NeuronImportance":
-            out += _importance(result)
+        if (say := sentences.get(str(result.meta.get("analyzer")))) is not None:
+            out += say(result)
     return out + _shared(plan, results)
 
 

@@ -241,7 +241,8 @@ def _cell(value: Any) -> str:
 def _manifest(manifest: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for key, value in manifest.items():
-        lines.append(f"<tr><th{_NAME}>{_text(key.replace('_', ' '))}</th><td{_NAME}>{_text(_flat(value))}</td></tr>")
+        text = value if isinstance(value, str) else _flat(value)  # a command is there to be copied: whole
+        lines.append(f"<tr><th{_NAME}>{_text(key.replace('_', ' '))}</th><td{_NAME}>{_text(text)}</td></tr>")
     return f'<table class="manifest">{"".join(lines)}</table>'
 
 

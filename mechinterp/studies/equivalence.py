@@ -59,13 +59,13 @@ from mechinterp.model.autoencoder import SparseAutoencoder
 from mechinterp.model.backend import NATIVE, Use
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS
-from mechinterp.sites import Site
+from mechinterp.sites import KINDS, Site
 
 OTHERS = tuple(name for name in NAMES if name != NATIVE)
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest difference relative to the largest value, by dtype. Half precision: of sites, whose analyzers only add up."""
 _ERRORS = {"completeness_error": "attribution", "additivity_error": "attribution"}
-"""Values that are 0 but for rounding and quadrature, and what they are errors of."""
+"""Values that are 0 but for rounding and quadrature, and what they are the errors of a sum of."""
 _COUNTED = ("p", "q", "density")
 """Last words of the names of floats that are counts of draws or of tokens."""
 _LAST = Read(Site("logits", positions="end"))
@@ -142,7 +142,7 @@ def markdown(found: Mapping[str, Equivalence]) -> str:
     """What was found on several models, for a page: the largest difference, relative (and absolute).
 
     For each backend a table of sites, the worst of reading, writing and differentiating; then one of analyzers, the
-    worst of all backends. What differs is in bold.
+    worst of all backends. What differs is in bold; a dash is what the model has not.
 
     Args:
         found: by the name that stands above a column.
@@ -160,7 +160,8 @@ def markdown(found: Mapping[str, Equivalence]) -> str:
 def _grid(head: str, models: Sequence[str], rows: Sequence[tuple[str, Agreement]], refused: str) -> list[str]:
     """Name by model; `refused` is the field that says what of a cell a backend refuses."""
     lines = [f"| {head} | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
-    for name in dict.fromkeys(row.name for _, row in rows):
+    names = dict.fromkeys(row.name for _, row in rows)
+    for name in sorted(names, key=list(KINDS).index) if head == "site" else names:
         cells = [_cell([row for of, row in rows if (of, row.name) == (model, name)], refused) for model in models]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
@@ -174,7 +175,7 @@ def _cell(rows: Sequence[Agreement], refused: str) -> str:
         worst = max(done, key=lambda row: row.relative)
         text = f"{worst.relative:.1e} ({worst.absolute:.1e})"
         said.insert(0, f"**{text}**" if worst.verdict == "differs" else text)
-    return "; ".join(said) or "none"
+    return "; ".join(said) or "–"
 
 
 def equivalence(
@@ -242,14 +243,19 @@ def _lacks(model: Model, backend: str, what: str, name: str, reason: str) -> Agr
     return Agreement(backend, what, name, float("nan"), float("nan"), TOLERANCES[model.dtype], reason)
 
 
-def _gap(found: Tensor, expected: Tensor, where: str) -> tuple[float, float, str]:
-    """(absolute, relative, where) of the largest difference; a NaN on one side alone is as large as can be."""
+def _gap(found: Tensor, expected: Tensor, where: str, against: float | None = None) -> tuple[float, float, str]:
+    """(absolute, relative, where) of the largest difference; a NaN on one side alone is as large as can be.
+
+    Args:
+        against: what it is relative to; the largest expected value by default.
+    """
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     same = (found == expected) | (found.isnan() & expected.isnan())  # equal infinities, too
     gap = (found - expected).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    scale = expected.masked_fill(~expected.isfinite(), 0.0).abs().max() if expected.numel() else torch.tensor(0.0)
+    if against is None:
+        against = float(expected.masked_fill(~expected.isfinite(), 0.0).abs().max()) if expected.numel() else 0.0
     absolute = float(gap.max()) if gap.numel() else 0.0
-    return absolute, absolute / max(float(scale), 1e-12), where
+    return absolute, absolute / max(against, 1e-12), where
 
 
 def _real(value: Tensor, site: Site, batch: TokenBatch) -> Tensor:
@@ -325,9 +331,10 @@ def _gradients(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
 def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
     """Analyzers of each kind, with the examples that they are compared on.
 
-    What trains nothing and needs no files: an SAE and a probe have random weights. In deep models the sweeps take
-    three layers, as every cell is a pass. Left out are those that read weights alone, which backends share, and those
-    of a file.
+    What trains nothing and needs no files: an SAE and a probe have random weights. What is written is large, as a
+    change of the last digits cannot be compared: steering adds as much as is there, and concepts are what varies
+    most. In deep models the sweeps take three layers, as every cell is a pass. Left out are those that read weights
+    alone, which backends share, and those of a file.
     """
     n, width = model.dims.n_layers, model.dims.d_model
     some, middle = tuple(sorted({0, n // 2, n - 1})), (n // 2,)
@@ -339,11 +346,15 @@ def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
     answers = _told_apart(model, clean, corrupted)
     labelled = Examples.of(texts, labels=["a"] * 8 + ["b"] * 8, answers=[answers[0]] * 16)
     labelled = labelled.with_category("second", [[(1, 2)]] * 16)
-    pairs = Examples.pairs(clean, corrupted, answers=answers, spans={"subject": [(1, 2)] * 2})
+    spans = {"subject": [(1, 2)] * 2, "rest": [(1, len(row)) for row in clean]}
+    pairs = Examples.pairs(clean, corrupted, answers=answers, spans=spans)
 
     draw = torch.Generator().manual_seed(0)
     directions = torch.randn(2, width, generator=draw) / width**0.5
     site = Site("resid_post", n // 2)
+    last = _last(model, labelled, site)
+    _, _, varied = torch.linalg.svd(last - last.mean(0))
+    far = float(last.norm(dim=-1).mean())
     probe = LinearProbe(site, ("a", "b"), directions, torch.zeros(2))
     encoder = torch.randn(width, 32, generator=draw) / width**0.5
     sae = SparseAutoencoder(site, encoder, torch.zeros(32), encoder.T.contiguous(), torch.zeros(width))
@@ -381,13 +392,13 @@ def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
     swept: list[Analyzer] = [
         NeuronImportance(sizes=(4,)),
         ConceptNeurons(layers=some, sizes=(4,), draws=2, top=3, shown=2),
-        ConceptBottleneck({"a": directions[0], "b": directions[1]}, site, folds=3, draws=3),
-        Steering(probe, strengths=(4.0,), draws=2),
+        ConceptBottleneck({"a": varied[0], "b": varied[1]}, site, folds=3, draws=3),
+        Steering(probe, strengths=(far,), draws=2),
         FeatureEffects(sae, top=3),
         SpuriousPatterns(least=2),
     ]
     paired: list[Analyzer] = [
-        TokenAttribution("integrated-gradients"),
+        TokenAttribution("integrated-gradients", positions="rest"),
         TokenAttribution("partition-shap", evaluations=32),
         AttributionPatching("z", heads="each"),
         AttributionPatching("q", heads="each", positions="end", method="atp*"),
@@ -407,6 +418,13 @@ def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
     ]
 
 
+def _last(model: Model, examples: Examples, site: Site) -> Tensor:
+    """What is at a site at each text's last token, ``example d_model``."""
+    batch = model.tokenize(examples).batch(range(len(examples)), model.device)
+    read = Read(site.at("end"))
+    return forward(model, batch, [read]).values[read].float().cpu()
+
+
 def _told_apart(model: Model, clean: Sequence[list[int]], corrupted: Sequence[list[int]]) -> list[tuple[int, int]]:
     """For each pair the two outputs whose logit difference it changes most.
 
@@ -418,8 +436,9 @@ def _told_apart(model: Model, clean: Sequence[list[int]], corrupted: Sequence[li
 
 
 def _name(analyzer: Analyzer) -> str:
-    given = [str(getattr(analyzer, name)) for name in ("method", "site", "senders") if hasattr(analyzer, name)]
-    return f"{type(analyzer).__name__}({', '.join(given)})"
+    given = [getattr(analyzer, name) for name in ("method", "site", "senders") if hasattr(analyzer, name)]
+    shown = [one.kind if isinstance(one, Site) else str(one) for one in given]
+    return f"{type(analyzer).__name__}({', '.join(shown)})"
 
 
 def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
@@ -440,8 +459,7 @@ def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
 def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, str]]:
     """Of every variable of a result.
 
-    - The largest difference is held against the variable's largest value, since a small value is often what is left of
-      large ones; what should be 0 is held against the largest of what it is an error of.
+    - The largest difference is held against `_scale`, since a small value is often what is left of large ones.
     - What is counted jumps where two numbers are nearly equal: of ranks, numbers of texts, p, q and shares of tokens it
       is the mean over the variable's entries, and of names the share that are others.
     """
@@ -455,10 +473,18 @@ def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, st
         else:
             counted = b.dtype.kind != "f" or name.split("_")[-1] in _COUNTED
             a, b = (torch.from_numpy(each.astype(float)) for each in (a, b))
-            absolute, relative, _ = _gap(a, b, name)
+            absolute, relative, _ = _gap(a, b, name, _scale(name, expected))
             if counted and math.isfinite(absolute) and relative:
                 mean = float((a - b).abs().nanmean())
                 absolute, relative = mean, relative * mean / absolute
-            if (of := _ERRORS.get(name)) is not None:
-                relative = absolute / float(np.nanmax(np.abs(expected.data[of].values)))
             yield absolute, relative, name
+
+
+def _scale(name: str, expected: Result) -> float:
+    """The variable's largest value; of an end of an interval, of both; of what is left of a sum, the sum of sizes."""
+    data = expected.data
+    if (of := _ERRORS.get(name)) is not None:
+        return float(np.nansum(np.abs(data[of].transpose("example", ...).values), 1).max())
+    ends = [name.replace("ci_low", "ci_high"), name.replace("ci_high", "ci_low")]
+    sizes = np.concatenate([np.abs(data[end].values.astype(float)).ravel() for end in dict.fromkeys([name, *ends])])
+    return float(sizes[np.isfinite(sizes)].max(initial=0.0))

@@ -109,8 +109,8 @@ def findings(comparison: FinetunedComparison) -> list[str]:
         )
     change = comparison.changes["accuracy"]
     out.append(
-        f"Fine-tuning corrected {change['corrected']:.0f} predictions and spoiled {change['spoiled']:.0f}: accuracy"
-        f" {change['mean']:+.3f} ({change['ci_low']:+.3f} to {change['ci_high']:+.3f}), p {change['p']:.2g} by"
+        f"Fine-tuning corrected {count(int(change['corrected']), 'prediction')} and spoiled {change['spoiled']:.0f}:"
+        f" accuracy {change['mean']:+.3f} ({change['ci_low']:+.3f} to {change['ci_high']:+.3f}), p {change['p']:.2g} by"
         " McNemar's exact test."
     )
     if comparison.agreement is not None:
