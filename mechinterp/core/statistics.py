@@ -327,7 +327,7 @@ def _resampled(values: Array, rng: np.random.Generator, resamples: int) -> Array
     """Means of bootstrap samples of complete values (Efron 1979), ``cell resample``."""
     n = len(values)
     counts = rng.multinomial(n, np.full(n, 1 / n), resamples)  # how often each example is drawn
-    return np.ascontiguousarray((counts @ values / n).T)
+    return np.asarray(values.T @ (counts.T / n))
 
 
 def _welch(chosen: Array, values: Array) -> Array:
