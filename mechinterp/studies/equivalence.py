@@ -100,12 +100,13 @@ class Agreement:
         return "agrees" if self.relative <= self.tolerance else "differs"
 
     def __str__(self) -> str:
-        numbers = f"{self.absolute:10.2g}  {self.relative:10.2g}  {self.tolerance:10.2g}"
-        text = f"{self.verdict:8}{self.backend:18}{self.what:10}{self.name:34}{numbers}"
+        found = ["–" if math.isnan(value) else f"{value:.2g}" for value in (self.absolute, self.relative)]
+        numbers = f"{found[0]:>10}  {found[1]:>10}  {self.tolerance:10.2g}"
+        text = f"{self.verdict:8}{self.backend:18}{self.what:10}{self.name:40}{numbers}"
         return f"{text}  {self.detail}".rstrip()
 
 
-HEAD = f"{'':8}{'backend':18}{'what':10}{'site or analyzer':34}{'absolute':>10}  {'relative':>10}  {'tolerance':>10}"
+HEAD = f"{'':8}{'backend':18}{'what':10}{'site or analyzer':40}{'absolute':>10}  {'relative':>10}  {'tolerance':>10}"
 
 
 @dataclass(frozen=True)
