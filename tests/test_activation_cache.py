@@ -94,7 +94,7 @@ def test_without_its_batch_axis(llama: mi.Model) -> None:
 
 
 def test_what_cannot_be_a_cache_is_refused(llama: mi.Model) -> None:
-    with pytest.raises(NeedsError, match=r"z.1@end was read in part; read z.1, with all positions"):
+    with pytest.raises(NeedsError, match=r"z.1@end was read in part; read z.1 as it is, with all positions"):
         llama.trace(IDS, sites.z(1, positions="end")).to_activation_cache()
     alone = mi.Trace({}, llama.trace(IDS, "embed").batch)
     with pytest.raises(NeedsError, match="knows its model, and this trace does not; give it as model="):
@@ -102,6 +102,16 @@ def test_what_cannot_be_a_cache_is_refused(llama: mi.Model) -> None:
     cache = llama.trace(IDS, "embed").to_activation_cache()
     with pytest.raises(NeedsError, match="does not hold the token ids that it is of; give them as tokens="):
         mi.Trace.from_activation_cache(cache)
+    with pytest.raises(NeedsError, match=r"was read per query head; read k.1 as it is"):
+        llama.trace(IDS, sites.k(1, per_query_head=True)).to_activation_cache()
+    with pytest.raises(
+        NeedsError, match=r"hook_embed in this cache has shape \(2, 7, 32\), and its token ids \(2, 5\)"
+    ):
+        mi.Trace.from_activation_cache(cache, torch.tensor(IDS)[:, :5])
+    with pytest.raises(NeedsError, match=r"the mask has shape \(1, 7\), and the token ids \(2, 7\)"):
+        mi.Trace.from_activation_cache(cache, torch.tensor(IDS), torch.ones(7))
+    with pytest.raises(NeedsError, match=r"takes a TransformerLens ActivationCache. Got dict"):
+        mi.Trace.from_activation_cache({"a": 1})  # type: ignore[arg-type]
     cache.cache_dict = {"ln_final.hook_scale": torch.ones(1)}
     with pytest.raises(NeedsError, match="none of the 1 entries of this cache is a site"):
         mi.Trace.from_activation_cache(cache, torch.tensor(IDS))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,8 +273,32 @@ def test_a_bridge_that_exists_already() -> None:
     try:
         with pytest.raises(ModelError, match="compatibility mode, which folds norms into weights"):
             mi.Model.wrap(bridge)
+        with pytest.raises(
+            ModelError, match="compatibility mode, which folds norms into weights"
+        ):  # after it was wrapped
+            model.trace(IDS, "logits")
     finally:
         bridge.compatibility_mode = False
+
+
+@pytest.mark.parametrize("flag", ["use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
+def test_a_bridge_with_more_hooks(flag: str) -> None:
+    """What nothing reads any more is refused; everything else is as it was."""
+    native, other = tiny_of("qwen3"), on("qwen3", "transformer_lens")
+    bridge: Any = other.backend.bridge  # type: ignore[union-attr]
+    getattr(bridge, f"set_{flag}")(True)
+    try:
+        for kind in ("resid_pre", "attn_in", "q", "z", "head_out", "resid_mid", "mlp_in", "mlp_out"):
+            write = mi.Scale(Site(kind, 1), 0.3)
+            assert off(*(each.trace(IDS, Site(kind, 1))[Site(kind, 1)] for each in (other, native))) < TOLERANCE
+            if kind == "attn_in" and flag in ("use_attn_in", "use_split_qkv_input"):
+                with pytest.raises(SiteError, match=f"attn_in.1 cannot be written .* while {flag} is on"):
+                    other.trace(IDS, "logits", interventions=write)
+                continue
+            one, two = (each.trace(IDS, "logits", interventions=write)["logits"] for each in (other, native))
+            assert off(one, two) < TOLERANCE
+    finally:
+        getattr(bridge, f"set_{flag}")(False)
 
 
 def test_an_nnsight_model_that_exists_already() -> None:

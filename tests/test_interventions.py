@@ -323,3 +323,9 @@ def test_values_that_are_no_tensors(model: mi.Model, ids: list[list[int]]) -> No
         HookError, match=r"Project does not fit resid_post.1, a slice of shape \(.*; give it tensors whose"
     ):
         logits(model, ids, mi.Project(sites.resid_post(1), torch.ones(7)))
+
+
+def test_a_direction_of_no_length_is_refused() -> None:
+    for direction in (torch.zeros(32), torch.full((32,), float("nan"))):
+        with pytest.raises(HookError, match=r"the direction of Steer at resid_post.1 has norm (0|nan); give another"):
+            mi.Steer(sites.resid_post(1), direction, 2.0)

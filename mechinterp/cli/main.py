@@ -4,6 +4,7 @@ Exit status: 0, 1 for a failure (one line on standard error; --debug shows the t
 wrong usage, 130 after Ctrl-C.
 """
 
+import importlib.metadata
 import inspect
 import json
 import os
@@ -244,7 +245,8 @@ def verify(
         passed = found.passed and (compared is None or compared.passed)
         if file is not None:
             checks = [{**asdict(check), "passed": check.passed} for check in found.checks]
-            content = {**provenance(loaded), "adapter": adapter, "passed": passed, "checks": checks}
+            content: dict[str, Any] = {**provenance(loaded), "adapter": adapter, "passed": passed, "checks": checks}
+            content["versions"] = {**content["versions"], **{name: importlib.metadata.version(name) for name in others}}
             if compared is not None:
                 content["backends"] = [{**asdict(row), "verdict": row.verdict} for row in compared.rows]
             write_file(file, json.dumps(encode(content, "checks"), indent=1, allow_nan=False) + "\n")

@@ -167,7 +167,7 @@ def reported(debug: bool) -> Generator[None, None, None]:
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing half-written is left", err=True)
         raise typer.Exit(130) from None
-    except (typer.Exit, BrokenPipeError):
+    except (typer.Exit, typer.BadParameter, BrokenPipeError):
         raise
     except Exception as error:
         if debug:

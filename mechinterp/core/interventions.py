@@ -180,6 +180,13 @@ class Steer(Intervention):
     direction: Tensor
     strength: float
 
+    def __post_init__(self) -> None:
+        _as_tensor(self, "direction")
+        if not 0 < float(self.direction.norm()) < float("inf"):
+            raise HookError(
+                f"the direction of Steer at {self.site} has norm {float(self.direction.norm()):g}; give another"
+            )
+
     def __call__(self, value: Tensor) -> Tensor:
         unit = self.direction / self.direction.norm()
         if _side_by_side(unit, value):

@@ -10,6 +10,7 @@ from mechinterp.core.trace import Read, Trace
 from mechinterp.engine.backends.transformer_lens import BridgeBackend, hook, ours, theirs
 from mechinterp.errors import NeedsError, SiteError
 from mechinterp.model.model import Model
+from mechinterp.model.slices import PATTERN_KINDS
 from mechinterp.sites import Site
 
 _SCALED = {"resid_pre": "ln1", "resid_mid": "ln2"}
@@ -24,9 +25,10 @@ def to_activation_cache(trace: Trace, model: Model, of: str = "clean") -> Any:
     for read in (read for read in trace.reads if read.of == of):
         site = read.site
         if read.reduce is not None or site != site.whole or site.per_query_head:
+            how = "per query head" if site.per_query_head else "in part"
             raise NeedsError(
-                f"an ActivationCache holds whole sites, and {site} was read in part; read"
-                f" {Site(site.kind, site.layer)}, with all positions and heads"
+                f"an ActivationCache holds whole sites, and {site} was read {how}; read"
+                f" {Site(site.kind, site.layer)} as it is, with all positions and heads"
             )
         value = trace[read]
         held[hook(site)] = theirs(site, value)
@@ -46,12 +48,20 @@ def _scale(model: Model, resid: Tensor) -> Tensor:
 
 def from_activation_cache(cache: Any, tokens: Tensor | None = None, mask: Tensor | None = None) -> Trace:
     """`Trace.from_activation_cache`."""
+    if not hasattr(cache, "cache_dict"):
+        raise NeedsError(f"from_activation_cache takes a TransformerLens ActivationCache. Got {type(cache).__name__}")
     one = not cache.has_batch_dim
-    ids = tokens if tokens is not None else cache.cache_dict.get("embed.hook_in")
-    if ids is None:
+    given = tokens if tokens is not None else cache.cache_dict.get("embed.hook_in")
+    if given is None:
         raise NeedsError("this cache does not hold the token ids that it is of; give them as tokens=")
+    ids = torch.as_tensor(given)
     ids = ids[None] if ids.ndim == 1 else ids
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
+    real = real[None] if real.ndim == 1 else real
+    if real.shape != ids.shape:
+        raise NeedsError(
+            f"the mask has shape {tuple(real.shape)}, and the token ids {tuple(ids.shape)}; give one of each"
+        )
     batch = TokenBatch(ids, real.to(ids.device), rows=tuple(range(len(ids))))
     held: dict[Read, Tensor] = {}
     points: set[str] = set(getattr(cache.model, "hook_dict", ()))
@@ -63,7 +73,13 @@ def from_activation_cache(cache: Any, tokens: Tensor | None = None, mask: Tensor
         experts = f"blocks.{site.layer}.mlp.gate.hook_expert_indices" in points
         if experts and site.kind in ("mlp_gate", "mlp_act"):  # there these are names of the MLP's input and output
             continue
-        held[Read(site)] = ours(site, value[None] if one else value, len(ids))
+        here = ours(site, value[None] if one else value, len(ids))
+        if (here.shape[0], here.shape[-1 if site.kind in PATTERN_KINDS else 1]) != ids.shape:
+            raise NeedsError(
+                f"{name} in this cache has shape {tuple(value.shape)}, and its token ids {tuple(ids.shape)}; give those"
+                " that were run, and a cache of all positions"
+            )
+        held[Read(site)] = here
     if not held:
         raise NeedsError(
             f"none of the {len(cache)} entries of this cache is a site; cache hooks such as hook_resid_post"

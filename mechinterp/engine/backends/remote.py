@@ -164,7 +164,9 @@ def load_remote(name: Any, remote: bool | str, dtype: Any, revision: str | None,
         envoy = name
     else:
         if is_local(name):
-            raise ModelError(f"{name} is on this machine, and NDIF knows models by their hub id; leave out remote=True")
+            raise ModelError(
+                f"{name} is on this machine, and NDIF knows models by their hub id; leave out remote={remote!r}"
+            )
         import transformers
 
         options: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}

@@ -63,6 +63,10 @@ class BridgeBackend:
             return "TransformerLens has no hook where keys and values are repeated for each query head"
         if site.kind == "router" and use != "read":
             return "TransformerLens's hook sees the router's logits after the experts were chosen by them"
+        if site.kind == "attn_in" and use != "read":  # attention then reads copies made before this hook
+            for flag in ("use_attn_in", "use_split_qkv_input"):
+                if getattr(self.bridge.cfg, flag, False):
+                    return f"nothing reads this hook while {flag} is on; bridge.set_{flag}(False) turns it off"
         if hook(site) not in self.hooks:
             return f"the bridge has no hook {hook(site)}"
         return None
@@ -75,6 +79,7 @@ class BridgeBackend:
         grads: Sequence[Site],
         lenient: bool,
     ) -> Seen:
+        _check_weights(self.bridge)
         visits = Visits(batch, writes, reads, grads, lenient)
         places = visits.places()
         hooks = [(hook(site), self._visit(visits, site)) for site in places]
@@ -128,17 +133,22 @@ def theirs(site: Site, value: Tensor) -> Tensor:
     return value.flatten(0, 1) if site.kind == "router" else value
 
 
+def _check_weights(bridge: Any) -> None:
+    """Raise where a bridge has changed its weights, which it can do at any time."""
+    if getattr(bridge, "compatibility_mode", False):
+        raise ModelError(
+            "this TransformerBridge is in compatibility mode, which folds norms into weights and centres them, so that"
+            " sites hold other numbers; wrap a bridge on which enable_compatibility_mode() was not called"
+        )
+
+
 def bare(bridge: Any) -> nn.Module:
     """The Hugging Face model that a bridge was made of, anew, around the same weights.
 
     Raises:
         ModelError: the bridge has changed the weights, as its compatibility mode does.
     """
-    if getattr(bridge, "compatibility_mode", False):
-        raise ModelError(
-            "this TransformerBridge is in compatibility mode, which folds norms into weights and centres them, so that"
-            " sites hold other numbers; wrap a bridge on which enable_compatibility_mode() was not called"
-        )
+    _check_weights(bridge)
     theirs: Any = bridge.original_model
     with torch.device("meta"):
         made: nn.Module = type(theirs)(theirs.config)
