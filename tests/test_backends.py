@@ -140,7 +140,7 @@ def test_interventions(backend: str, side: str) -> None:
 
 
 def test_a_block_of_interventions(backend: str) -> None:
-    """In force inside the block alone, nested from the outermost in, and refused when it was never reached."""
+    """In force inside the block alone, nested from the outermost in; what it asks for must be there."""
     native, other = tiny_of("llama"), on("llama", backend)
     plain = other.trace(IDS, "logits")["logits"]
     outer, inner = mi.Scale(sites.resid_post(0), 2.0), mi.Add(sites.resid_post(0), 1.0)
@@ -155,7 +155,7 @@ def test_a_block_of_interventions(backend: str) -> None:
         raise ZeroDivisionError
     assert other.standing == []
     with (
-        pytest.raises(HookError, match=r"Zero at z.0@20 was never reached in 1"),
+        pytest.raises(ExamplesError, match="position 20 is outside example 0, which has 8 tokens"),
         other.intervene(mi.Zero(sites.z(0, positions=20))),
     ):
         other.trace(IDS, "embed")
@@ -258,7 +258,8 @@ def test_a_bridge_that_exists_already() -> None:
     native = tiny_of("qwen3")
     other = on("qwen3", "transformer_lens")
     bridge = other.backend.bridge  # type: ignore[union-attr]
-    for model in (mi.Model.wrap(bridge, native.tokenizer), mi.Model.load(bridge)):
+    loaded = mi.Model.load(bridge), mi.Model.load(bridge, backend="transformer_lens")
+    for model in (mi.Model.wrap(bridge, native.tokenizer), *loaded):
         assert model.backend is not None and model.backend.bridge is bridge  # type: ignore[attr-defined]
         theirs = dict(native.hf.named_parameters())
         assert all(tensor is theirs[name] for name, tensor in model.hf.named_parameters())
@@ -277,8 +278,58 @@ def test_a_bridge_that_exists_already() -> None:
             ModelError, match="compatibility mode, which folds norms into weights"
         ):  # after it was wrapped
             model.trace(IDS, "logits")
+        with pytest.raises(ModelError, match="compatibility mode, which folds norms into weights"):  # or a cache of one
+            native.trace(IDS, "embed").to_activation_cache(model)
     finally:
         bridge.compatibility_mode = False
+    bridge._weights_processed = True
+    try:
+        with pytest.raises(ModelError, match="process_weights"):
+            mi.Model.wrap(bridge)
+    finally:
+        bridge._weights_processed = False
+
+
+def test_what_else_is_read_or_written_in_a_pass_changes_nothing(backend: str) -> None:
+    """Each site alone, and beside each site of an earlier, the same, and a later layer."""
+    native, other = tiny_of("qwen3"), on("qwen3", backend)
+    layered = [site for site in native.sites if site.layer in (0, 1)]
+    for late in ("head_out", "z", "attn_out", "resid_mid", "pattern"):
+        site = Site(late, 1)
+        alone = other.trace(IDS[:1], site)[site]
+        cut = [mi.Scale(site, 0.3)]
+        edited = native.trace(IDS[:1], "logits", interventions=cut)["logits"]
+        for beside in layered:
+            assert off(other.trace(IDS[:1], [beside, site])[site], alone) < TOLERANCE, (beside, site)
+            assert off(other.trace(IDS[:1], [beside, "logits"], interventions=cut)["logits"], edited) < TOLERANCE
+        for early in (Site("z", 0), Site("head_out", 0), Site("q", 1)):
+            both = [mi.Scale(early, 0.5), *cut]
+            one, two = (each.trace(IDS[:1], "logits", interventions=both)["logits"] for each in (other, native))
+            assert off(one, two) < TOLERANCE, (early, site)
+
+
+def test_a_block_makes_nothing_lenient(backend: str) -> None:
+    """A position that an example lacks is an error in a block, and in a pass inside one, as on the native engine."""
+    for model in (tiny_of("qwen3"), on("qwen3", backend)):
+        with (
+            pytest.raises(ExamplesError, match="position 6 is outside example 1"),
+            model.intervene(mi.Zero(sites.z(0))),
+        ):
+            model.trace([IDS[0], IDS[0][:4]], "logits", interventions=mi.Zero(sites.z(1, positions=6)))
+        with (
+            pytest.raises(ExamplesError, match="position 6 is outside example 1"),
+            model.intervene(mi.Zero(sites.z(0, positions=6))),
+        ):
+            model.trace([IDS[0], IDS[0][:4]], "logits")
+
+
+def test_a_block_is_of_one_model(backend: str) -> None:
+    for model, name in ((tiny_of("qwen3"), backend), (on("qwen3", backend), "native")):
+        with (
+            model.intervene(mi.Zero(sites.z(1))),
+            pytest.raises(HookError, match=r"a block writes at z.1, and it is this"),
+        ):
+            model.with_backend(name)
 
 
 @pytest.mark.parametrize("flag", ["use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
@@ -308,7 +359,7 @@ def test_an_nnsight_model_that_exists_already() -> None:
     native = tiny_of("llama")
     hf = copy.deepcopy(native.hf)
     envoy = NNsight(hf)
-    model = mi.Model.load(envoy)
+    model = mi.Model.load(envoy, backend="nnsight")
     assert model.hf is hf and model.backend is not None and model.backend.envoy is envoy  # type: ignore[attr-defined]
     expected = native.trace(IDS, ["z", "logits"])
     found = model.trace(IDS, ["z", "logits"])

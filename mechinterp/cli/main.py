@@ -264,7 +264,7 @@ def _backends(names: str | None) -> list[str]:
         BadParameter: there is none of that name.
     """
     known = ("transformer_lens", "nnsight")
-    asked = [name.strip() for name in (names or "").split(",") if name.strip()]
+    asked = [] if names is None else [name.strip() for name in names.split(",")]
     if odd := [name for name in asked if name not in (*known, "all")]:
         raise typer.BadParameter(f"--backends must be all, or some of {', '.join(known)}. Got {odd[0]!r}")
     return [name for name in known if name in asked or "all" in asked]

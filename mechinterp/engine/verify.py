@@ -138,7 +138,7 @@ def verify(model: Model, *, quick: bool = False, told: Callable[[Check], None] |
     if model.backend is not None:
         raise ModelError(
             f"verify is of the native engine, and {model.name} is run by {model.backend.name}; verify"
-            " model.with_backend('native'), and compare the two by mi.studies.equivalence.equivalence(model)"
+            " model.with_backend('native'), and compare the two by mechinterp.studies.equivalence"
         )
     checks: list[Check] = []
 

@@ -18,7 +18,7 @@ from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Intervention
 from mechinterp.core.tokens import Baseline, Tokens
 from mechinterp.core.trace import Trace
-from mechinterp.errors import ExamplesError, ModelError, SiteError
+from mechinterp.errors import ExamplesError, HookError, ModelError, SiteError
 from mechinterp.model.architecture import Dims, architecture, audit, check, lacks
 from mechinterp.model.backend import NATIVE, Backend, Standing, Use
 from mechinterp.model.hooks import Attached, in_force
@@ -122,7 +122,8 @@ class Model(WeightsByHead):
                     f"{', '.join(odd)} cannot be applied to a model that exists already; leave it out, or load by name"
                 )
             wrapped = cls.wrap(name)
-            return wrapped if backend == NATIVE else wrapped.with_backend(backend)
+            own = NATIVE if wrapped.backend is None else wrapped.backend.name
+            return wrapped if backend in (NATIVE, own) else wrapped.with_backend(backend)
         loaded: Loaded = load_hf(
             str(name),
             adapter=adapter,
@@ -167,9 +168,14 @@ class Model(WeightsByHead):
 
         Raises:
             ModelError: there is no such backend, or it cannot run this model.
+            HookError: an `intervene` block is in force, which would not be on the other model.
         """
         from mechinterp.engine.backends import connect
 
+        if written := self.in_force()[0]:
+            raise HookError(
+                f"a block writes at {written[0][0]}, and it is this model's alone; leave it before with_backend"
+            )
         other = copy.copy(self)
         other.standing, other.backend = [], connect(self, name)
         return other

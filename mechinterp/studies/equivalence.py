@@ -55,7 +55,7 @@ from mechinterp.engine.backward import backward
 from mechinterp.engine.forward import forward
 from mechinterp.engine.runner import run
 from mechinterp.engine.verify import prompts
-from mechinterp.errors import MechinterpError, ModelError
+from mechinterp.errors import HookError, MechinterpError, ModelError
 from mechinterp.model.autoencoder import SparseAutoencoder
 from mechinterp.model.backend import NATIVE, Use
 from mechinterp.model.model import Model
@@ -452,6 +452,9 @@ def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
         for backend, other in others.items():
             try:
                 found = _quietly(other, analyzer, examples)
+            except HookError as error:  # what a backend cannot do it says before a pass; this is one that went wrong
+                yield _row(native, backend, "analyzer", name, [(math.inf, math.inf, str(error))])
+                continue
             except MechinterpError as error:
                 yield _lacks(native, backend, "analyzer", name, str(error))
                 continue
@@ -473,6 +476,9 @@ def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, st
       is the mean over the variable's entries, and of names the share that are others.
     """
     for name, value in {str(name): value for name, value in expected.data.variables.items()}.items():
+        if name not in found.data.variables:
+            yield math.inf, math.inf, f"{name} is missing"
+            continue
         a, b = np.asarray(found.data[name].values), np.asarray(value.values)
         if a.shape != b.shape:
             yield math.inf, math.inf, f"{name} has another shape"

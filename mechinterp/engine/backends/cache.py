@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mechinterp.core.tokens import TokenBatch
 from mechinterp.core.trace import Read, Trace
-from mechinterp.engine.backends.transformer_lens import BridgeBackend, hook, ours, theirs
+from mechinterp.engine.backends.transformer_lens import BridgeBackend, check_weights, hook, ours, theirs
 from mechinterp.errors import NeedsError, SiteError
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS
@@ -38,6 +38,7 @@ def to_activation_cache(trace: Trace, model: Model, of: str = "clean") -> Any:
             held["ln_final.hook_scale"] = _scale(model, value)
     backend = model.backend
     bridge = backend.bridge if isinstance(backend, BridgeBackend) else BridgeBackend.of(model).bridge
+    check_weights(bridge)
     return ActivationCache(held, bridge, has_batch_dim=True)
 
 
@@ -50,6 +51,7 @@ def from_activation_cache(cache: Any, tokens: Tensor | None = None, mask: Tensor
     """`Trace.from_activation_cache`."""
     if not hasattr(cache, "cache_dict"):
         raise NeedsError(f"from_activation_cache takes a TransformerLens ActivationCache. Got {type(cache).__name__}")
+    check_weights(cache.model)
     one = not cache.has_batch_dim
     given = tokens if tokens is not None else cache.cache_dict.get("embed.hook_in")
     if given is None:

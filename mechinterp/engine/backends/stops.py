@@ -21,7 +21,7 @@ def visit(envoy: Any, stops: Any, at: Any) -> None:
     """
     for path in {stop["path"] for stop in stops if stop["how"] in ("rotated", "pattern")}:
         envoy.get(path).source  # noqa: B018 -- which nnsight must know before the pass
-    z = None
+    z, made_at = None, None  # z of one layer is nothing to the head_out of another
     number = 0
     while number < len(stops):
         stop = stops[number]
@@ -36,9 +36,9 @@ def visit(envoy: Any, stops: Any, at: Any) -> None:
         if stop["how"] == "pattern":
             _pattern(getattr(getattr(module.source, _ATTENTION).source, _SOFTMAX), number, stop, at)
         elif stop["how"] == "heads":
-            _heads(module, number, stop, at, z)
+            _heads(module, number, stop, at, z if made_at == stop["path"] else None)
         else:
-            z = _module(module, number, stop, at)
+            z, made_at = _module(module, number, stop, at), stop["path"]
         number += 1
 
 

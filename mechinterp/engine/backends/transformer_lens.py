@@ -79,7 +79,7 @@ class BridgeBackend:
         grads: Sequence[Site],
         lenient: bool,
     ) -> Seen:
-        _check_weights(self.bridge)
+        check_weights(self.bridge)
         visits = Visits(batch, writes, reads, grads, lenient)
         places = visits.places()
         hooks = [(hook(site), self._visit(visits, site)) for site in places]
@@ -133,12 +133,13 @@ def theirs(site: Site, value: Tensor) -> Tensor:
     return value.flatten(0, 1) if site.kind == "router" else value
 
 
-def _check_weights(bridge: Any) -> None:
+def check_weights(bridge: Any) -> None:
     """Raise where a bridge has changed its weights, which it can do at any time."""
-    if getattr(bridge, "compatibility_mode", False):
+    if getattr(bridge, "compatibility_mode", False) or getattr(bridge, "_weights_processed", False):
         raise ModelError(
             "this TransformerBridge is in compatibility mode, which folds norms into weights and centres them, so that"
-            " sites hold other numbers; wrap a bridge on which enable_compatibility_mode() was not called"
+            " sites hold other numbers; take a bridge on which neither enable_compatibility_mode() nor"
+            " process_weights() was called"
         )
 
 
@@ -148,7 +149,7 @@ def bare(bridge: Any) -> nn.Module:
     Raises:
         ModelError: the bridge has changed the weights, as its compatibility mode does.
     """
-    _check_weights(bridge)
+    check_weights(bridge)
     theirs: Any = bridge.original_model
     with torch.device("meta"):
         made: nn.Module = type(theirs)(theirs.config)
