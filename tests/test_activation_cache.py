@@ -6,7 +6,7 @@ import torch
 import mechinterp as mi
 from mechinterp import sites
 from mechinterp.engine.backends.transformer_lens import BridgeBackend
-from mechinterp.errors import NeedsError
+from mechinterp.errors import HookError, NeedsError
 from mechinterp.testing import tiny
 
 IDS = [[3, 5, 7, 9, 11, 2, 8], [4, 6, 9, 2, 5, 3, 1]]
@@ -96,6 +96,11 @@ def test_without_its_batch_axis(llama: mi.Model) -> None:
 def test_what_cannot_be_a_cache_is_refused(llama: mi.Model) -> None:
     with pytest.raises(NeedsError, match=r"z.1@end was read in part; read z.1 as it is, with all positions"):
         llama.trace(IDS, sites.z(1, positions="end")).to_activation_cache()
+    with (
+        llama.intervene(mi.Zero(sites.z(1))),
+        pytest.raises(HookError, match=r"a block writes at z.1 of this model; leave"),
+    ):
+        llama.trace(IDS, "resid_post").to_activation_cache()
     alone = mi.Trace({}, llama.trace(IDS, "embed").batch)
     with pytest.raises(NeedsError, match="knows its model, and this trace does not; give it as model="):
         alone.to_activation_cache()

@@ -339,6 +339,12 @@ def test_a_bridge_with_more_hooks(flag: str) -> None:
     bridge: Any = other.backend.bridge  # type: ignore[union-attr]
     getattr(bridge, f"set_{flag}")(True)
     try:
+        seen: list[str] = []
+        if flag == "use_attn_result":  # a hook of its owner's there goes on acting
+            with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_result", lambda value, hook: seen.append(hook.name))]):
+                for wanted in ("logits", "head_out"):
+                    other.trace(IDS, wanted)
+            assert len(seen) == 2
         for kind in ("resid_pre", "attn_in", "q", "z", "head_out", "resid_mid", "mlp_in", "mlp_out"):
             write = mi.Scale(Site(kind, 1), 0.3)
             assert off(*(each.trace(IDS, Site(kind, 1))[Site(kind, 1)] for each in (other, native))) < TOLERANCE

@@ -122,8 +122,7 @@ class Model(WeightsByHead):
                     f"{', '.join(odd)} cannot be applied to a model that exists already; leave it out, or load by name"
                 )
             wrapped = cls.wrap(name)
-            own = NATIVE if wrapped.backend is None else wrapped.backend.name
-            return wrapped if backend in (NATIVE, own) else wrapped.with_backend(backend)
+            return wrapped if backend == NATIVE else wrapped.with_backend(backend)
         loaded: Loaded = load_hf(
             str(name),
             adapter=adapter,
@@ -163,8 +162,8 @@ class Model(WeightsByHead):
     def with_backend(self, name: str) -> "Model":
         """The same model, run by another library: ``"native"``, ``"transformer_lens"`` or ``"nnsight"``.
 
-        Weights are shared, not copied. Analyzers, traces and interventions are used as before; what the library
-        cannot do is refused by name.
+        Weights are shared, not copied; a bridge or an nnsight model of yours stays the one that it is. Analyzers,
+        traces and interventions are used as before; what the library cannot do is refused by name.
 
         Raises:
             ModelError: there is no such backend, or it cannot run this model.
@@ -172,6 +171,8 @@ class Model(WeightsByHead):
         """
         from mechinterp.engine.backends import connect
 
+        if self.backend is not None and self.backend.name == name and not self.remote:
+            return self
         if written := self.in_force()[0]:
             raise HookError(
                 f"a block writes at {written[0][0]}, and it is this model's alone; leave it before with_backend"

@@ -202,8 +202,7 @@ def equivalence(
         raise ModelError(f"The backends of equivalence must be among {', '.join(OTHERS)}. Got {odd[0]!r}")
     native, rows = model.with_backend(NATIVE), list[Agreement]()
     others = {name: model.with_backend(name) for name in backends}
-    steps = [_reads, _writes, _gradients, *([_analyzers] if analyzers else [])]
-    for step in steps:
+    for step in (_reads, _writes, _gradients, *([_analyzers] if analyzers else [])):
         for row in step(native, others):
             rows.append(row)
             if told is not None:
@@ -333,13 +332,12 @@ def _gradients(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
 def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
     """Analyzers of each kind, with the examples that they are compared on.
 
-    What trains nothing and needs no files: an SAE and a probe have random weights. What is written is large, as a
-    change of the last digits cannot be compared: steering adds as much as is there, and concepts are what varies
-    most. In deep models the sweeps take three layers, as every cell is a pass. Left out are those that read weights
-    alone, which backends share, and those of a file.
+    What trains nothing and needs no files: an SAE and a probe have random weights. What is written is large, as last
+    digits cannot be compared. In deep models the sweeps take three layers, as every cell is a pass. Left out are
+    those that read weights alone, which backends share, and those of a file.
     """
     n, width = model.dims.n_layers, model.dims.d_model
-    some, middle = tuple(sorted({0, n // 2, n - 1})), (n // 2,)
+    some, middle, site = tuple(sorted({0, n // 2, n - 1})), (n // 2,), Site("resid_post", n // 2)
     ids = [list(row[:8]) for row in sorted(prompts(model), key=len)]
     # Each begins with another token: texts that begin alike have equal numbers, whose order is chance.
     texts = [[(7 + i) % model.dims.vocab, *row[1:]] for i, row in enumerate([*ids, *(row[::-1] for row in ids)])]
@@ -353,7 +351,6 @@ def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
 
     draw = torch.Generator().manual_seed(0)
     directions = torch.randn(2, width, generator=draw) / width**0.5
-    site = Site("resid_post", n // 2)
     last = _last(model, labelled, site)
     _, _, varied = torch.linalg.svd(last - last.mean(0))
     far = float(last.norm(dim=-1).mean())
@@ -439,8 +436,7 @@ def _told_apart(model: Model, clean: Sequence[list[int]], corrupted: Sequence[li
 
 def _name(analyzer: Analyzer) -> str:
     given = [getattr(analyzer, name) for name in ("method", "site", "senders") if hasattr(analyzer, name)]
-    shown = [one.kind if isinstance(one, Site) else str(one) for one in given]
-    return f"{type(analyzer).__name__}({', '.join(shown)})"
+    return f"{type(analyzer).__name__}({', '.join(getattr(one, 'kind', str(one)) for one in given)})"
 
 
 def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
@@ -452,7 +448,7 @@ def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
         for backend, other in others.items():
             try:
                 found = _quietly(other, analyzer, examples)
-            except HookError as error:  # what a backend cannot do it says before a pass; this is one that went wrong
+            except HookError as error:  # no refusal, which comes before a pass
                 yield _row(native, backend, "analyzer", name, [(math.inf, math.inf, str(error))])
                 continue
             except MechinterpError as error:
@@ -462,20 +458,19 @@ def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
 
 
 def _quietly(model: Model, analyzer: Analyzer, examples: Examples) -> Result:
-    """Without what is said of the numbers: nobody reads anything from these examples."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return run(model, examples, analyzer, batch_size=3)
 
 
 def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, str]]:
-    """Of every variable of a result.
+    """Of every variable of a result, the largest difference against `_scale`.
 
-    - The largest difference is held against `_scale`, since a small value is often what is left of large ones.
-    - What is counted jumps where two numbers are nearly equal: of ranks, numbers of texts, p, q and shares of tokens it
-      is the mean over the variable's entries, and of names the share that are others.
+    What is counted jumps where two numbers are nearly equal: of ranks, numbers of texts, p, q and shares of tokens it
+    is the mean over the variable's entries, and of names the share that are others.
     """
-    for name, value in {str(name): value for name, value in expected.data.variables.items()}.items():
+    for name, value in expected.data.variables.items():
+        name = str(name)
         if name not in found.data.variables:
             yield math.inf, math.inf, f"{name} is missing"
             continue

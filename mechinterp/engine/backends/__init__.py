@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mechinterp.errors import ModelError
+from mechinterp.errors import HookError, ModelError
 from mechinterp.model.backend import NATIVE, Backend
+from mechinterp.model.hooks import in_force
 from mechinterp.model.model import Model
 
 NAMES = (NATIVE, "transformer_lens", "nnsight")
@@ -93,6 +94,14 @@ def existing(thing: Any) -> Existing | None:
     return None
 
 
-def sharing(hf: Any) -> Any:
-    """A second tree of modules around the very same weights, for a library that puts its own modules in."""
-    return copy.deepcopy(hf, {id(tensor): tensor for tensor in hf.parameters()})
+def sharing(model: Model) -> Any:
+    """A second tree of modules around the very same weights, for a library that puts its own modules in.
+
+    Raises:
+        HookError: an `intervene` block is in force, whose hooks would be copied.
+    """
+    if written := in_force(model.hf, model.arch.base)[0]:
+        raise HookError(
+            f"a block writes at {written[0][0]} of this model; leave it before another library takes it over"
+        )
+    return copy.deepcopy(model.hf, {id(tensor): tensor for tensor in model.hf.parameters()})

@@ -39,7 +39,7 @@ class NNsightBackend:
 
         from mechinterp.engine.backends import sharing
 
-        tree = sharing(model.hf)
+        tree = sharing(model)
         tree.set_attn_implementation("eager")
         return cls(NNsight(tree), model)
 

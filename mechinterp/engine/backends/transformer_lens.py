@@ -43,7 +43,7 @@ class BridgeBackend:
 
         from mechinterp.engine.backends import sharing
 
-        tree = sharing(model.hf)
+        tree = sharing(model)
         tree.set_attn_implementation("eager")
         try:
             with warnings.catch_warnings():
@@ -89,14 +89,14 @@ class BridgeBackend:
         if batch.left_padded:
             more["position_ids"] = batch.position_ids
         by_head = any(site.kind == "head_out" for site in places)
-        before = bool(getattr(self.bridge.cfg, "use_attn_result", False))
+        switched = by_head and not getattr(self.bridge.cfg, "use_attn_result", False)
         try:
-            if by_head != before:
-                self.bridge.set_use_attn_result(by_head)
+            if switched:
+                self.bridge.set_use_attn_result(True)
             self.bridge.run_with_hooks(batch.ids, fwd_hooks=hooks, return_type=None, **more)
         finally:
-            if by_head != before:
-                self.bridge.set_use_attn_result(before)
+            if switched:
+                self.bridge.set_use_attn_result(False)
         return visits.seen()
 
     def _visit(self, visits: Visits, site: Site) -> Callable[..., Tensor | None]:
