@@ -85,16 +85,29 @@ KINDS: dict[str, Kind] = _kinds()
 _ALIASES = [
     ("embed", "embed.hook_out"),
     ("resid_pre", "blocks.{L}.hook_in"),
+    ("attn_in", "blocks.{L}.attn.hook_in"),
     ("q", "blocks.{L}.attn.q.hook_out"),
+    ("q_normed", "blocks.{L}.attn.q_norm.hook_out"),
     ("k", "blocks.{L}.attn.k.hook_out"),
+    ("k_normed", "blocks.{L}.attn.k_norm.hook_out"),
     ("v", "blocks.{L}.attn.v.hook_out"),
     ("z", "blocks.{L}.attn.o.hook_in"),
+    ("attn_out", "blocks.{L}.attn.o.hook_out"),
     ("attn_out", "blocks.{L}.attn.hook_out"),
     ("resid_mid", "blocks.{L}.ln2.hook_in"),
+    ("mlp_in", "blocks.{L}.mlp.hook_in"),
+    ("mlp_up", "blocks.{L}.mlp.in.hook_out"),
+    ("mlp_act", "blocks.{L}.mlp.out.hook_in"),
+    ("mlp_out", "blocks.{L}.mlp.out.hook_out"),
     ("mlp_out", "blocks.{L}.mlp.hook_out"),
     ("resid_post", "blocks.{L}.hook_out"),
+    ("final_norm", "unembed.hook_in"),
+    ("logits", "hook_unembed"),
 ]
-"""Second names of TransformerLens 4; ``mlp.gate.hook_out`` is of two places, by the layer, and so of none."""
+"""Second names of TransformerLens 4, of places where a write is a write at the site.
+
+``mlp.gate.hook_out`` is of two places, by the layer, and so of none.
+"""
 
 _ORDER = {name: i for i, name in enumerate(KINDS)}
 _TEXT = re.compile(
@@ -291,7 +304,8 @@ def _miss(text: str) -> str:
     masked = re.sub(r"(?<=\.)\d+(?=\.|$)", "{L}", text)
     near = difflib.get_close_matches(masked, known, 3, 0.6) or difflib.get_close_matches(stem, KINDS, 3, 0.4)
     hint = " or ".join(name.lstrip("<") for name in near) or ", ".join(KINDS)
-    return f"There is no site named {text!r}; did you mean {hint}?"
+    what = "No site stands for the hook" if re.search(r"(^|\.)hook_", text) else "There is no site named"
+    return f"{what} {text!r}; did you mean {hint}?"
 
 
 def _make(

@@ -1,12 +1,15 @@
 """A trace as a TransformerLens ActivationCache, against what TransformerLens itself caches and computes."""
 
+import contextlib
+
 import pytest
 import torch
 
 import mechinterp as mi
 from mechinterp import sites
-from mechinterp.engine.backends.transformer_lens import BridgeBackend
-from mechinterp.errors import HookError, NeedsError
+from mechinterp.engine.backends.transformer_lens import BridgeBackend, ours
+from mechinterp.errors import HookError, NeedsError, SiteError
+from mechinterp.sites import Site
 from mechinterp.testing import tiny
 
 IDS = [[3, 5, 7, 9, 11, 2, 8], [4, 6, 9, 2, 5, 3, 1]]
@@ -86,6 +89,38 @@ def test_there_and_back(bridged: mi.Model) -> None:
     assert set(theirs) == {s for s in native.sites if s.kind not in ("head_out", "router")}
     for site in theirs:
         close(theirs[site], expected[site])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_every_name_of_a_hook_is_of_the_site_that_it_names(family: str) -> None:
+    """Of all hooks of a bridge, by value. Those without a site are scales, and inputs of one branch of several."""
+    native = tiny(family)
+    backend = native.with_backend("transformer_lens").backend
+    assert isinstance(backend, BridgeBackend)
+    with torch.no_grad():
+        _, cache = backend.bridge.run_with_cache(torch.tensor(IDS))
+    known: dict[str, Site] = {}
+    for name in cache.keys():  # noqa: SIM118 -- it is no dictionary
+        with contextlib.suppress(SiteError):
+            known[name] = Site.parse(name)
+    trace = native.trace(IDS, [*dict.fromkeys(known.values())])
+    for name, site in known.items():
+        close(ours(site, cache[name], len(IDS)), trace[site])
+        assert name in trace and "blocks.9.hook_in" not in trace
+    last = {name.removeprefix("blocks.1.") for name in cache.keys() if name not in known}  # noqa: SIM118
+    left = {name for name in last if not name.startswith(("blocks.", "rotary")) and "norm" not in name}
+    branches = {"ln1.hook_in", *(f"attn.{each}.hook_in" for each in "qkv"), "mlp.gate.hook_in", "mlp.in.hook_in"}
+    scales = {"ln1.hook_scale", "ln2.hook_scale", "attn.hook_cos", "attn.hook_sin", "ln_final.hook_scale"}
+    assert left == branches | scales | {"embed.hook_in", "ln_final.hook_in", "mlp.gate.hook_out"}
+    with pytest.raises(SiteError, match=r"No site stands for the hook 'blocks.1.ln1.hook_scale'; did you mean"):
+        native.trace(IDS, "blocks.1.ln1.hook_scale")
+    with pytest.raises(NeedsError, match=r"stack takes a kind and stacks its layers; write 'z'. Got 'blocks.1.attn.ho"):
+        trace.stack("blocks.1.attn.hook_z")
+    alone = {"blocks.1.mlp.hook_in": cache["blocks.1.mlp.hook_in"], "embed.hook_in": torch.tensor(IDS)}
+    cache.cache_dict = alone
+    assert list(mi.Trace.from_activation_cache(cache)) == [sites.mlp_in(1)]
+    with pytest.raises(NeedsError, match="are not those that this cache is of, which it holds; leave tokens= out"):
+        mi.Trace.from_activation_cache(cache, torch.tensor(IDS) + 1)
 
 
 def test_without_its_batch_axis(llama: mi.Model) -> None:

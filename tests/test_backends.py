@@ -191,6 +191,24 @@ def test_weights_are_shared_and_the_model_is_left_alone(backend: str) -> None:
     assert "run by " + backend in repr(other) and other.with_backend("native").backend is None
 
 
+def test_hooks_of_ones_own_are_called_and_not_copied(backend: str) -> None:
+    class Counts:
+        calls = 0
+
+        def __call__(self, module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return 0.5 * out
+
+    model, counts, method = tiny("qwen3"), Counts(), Counts()
+    plain = model.trace(IDS, "logits")["logits"]
+    model.hf.model.layers[1].mlp.register_forward_hook(counts)
+    model.hf.model.layers[2].mlp.register_forward_hook(method.__call__)
+    expected = model.trace(IDS, "logits")["logits"]
+    assert counts.calls == method.calls == 1 and off(expected[0], plain[0]) > 1e-3
+    assert off(model.with_backend(backend).trace(IDS, "logits")["logits"][0], expected[0]) < TOLERANCE
+    assert counts.calls == method.calls == 2
+
+
 ANALYZERS = [
     mi.LogitLens(),
     mi.HeadRoles(sequences=2, length=6),
@@ -246,6 +264,8 @@ def test_what_a_backend_lacks_is_refused_by_name(backend: str) -> None:
 def test_backends_that_there_are(llama: mi.Model) -> None:
     with pytest.raises(ModelError, match=r"must be one of 'native', 'transformer_lens', 'nnsight'. Got 'tl'"):
         llama.with_backend("tl")
+    with pytest.raises(ModelError, match="Got 'tl'"):  # before anything is looked for
+        mi.Model.load("no/such-model", backend="tl")
     with pytest.raises(ModelError, match=r"TransformerLens cannot wrap tiny-llama \(LlamaForSequenceClassification\)"):
         tiny("llama", num_labels=2).with_backend("transformer_lens")
     classifier = tiny("llama", num_labels=2)
@@ -272,13 +292,11 @@ def test_a_bridge_that_exists_already() -> None:
     assert seen
     bridge.compatibility_mode = True
     try:
-        with pytest.raises(ModelError, match="compatibility mode, which folds norms into weights"):
+        with pytest.raises(ModelError, match="compatibility mode or has processed its weights"):
             mi.Model.wrap(bridge)
-        with pytest.raises(
-            ModelError, match="compatibility mode, which folds norms into weights"
-        ):  # after it was wrapped
+        with pytest.raises(ModelError, match="compatibility mode or has processed its weights"):  # after it was wrapped
             model.trace(IDS, "logits")
-        with pytest.raises(ModelError, match="compatibility mode, which folds norms into weights"):  # or a cache of one
+        with pytest.raises(ModelError, match="compatibility mode or has processed its weights"):  # or a cache of one
             native.trace(IDS, "embed").to_activation_cache(model)
     finally:
         bridge.compatibility_mode = False

@@ -1,5 +1,6 @@
 """Trace: what was read in one pass. Read and Reduce: what to read."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mechinterp.core.display import ROWS, count, html_table
 from mechinterp.core.tokens import TokenBatch
-from mechinterp.errors import NeedsError
+from mechinterp.errors import NeedsError, SiteError
 from mechinterp.shapes import PatternBlock
 from mechinterp.sites import KINDS, Site, Sites
 
@@ -132,10 +133,11 @@ class Trace:
         """All layers that were read of one kind, in layer order, with a layer axis in front.
 
         Raises:
+            SiteError: there is no such kind.
             NeedsError: the kind was not read, or its layers were read in different ways.
         """
         if kind not in KINDS:
-            Site.parse(kind)
+            raise NeedsError(f"stack takes a kind and stacks its layers; write {Site.parse(kind).kind!r}. Got {kind!r}")
         read = [r.site for r in self._tensors if r.site.kind == kind]
         layers = sorted({site.layer for site in read if site.layer is not None})
         if of is not None and of.layers is not None:
@@ -216,7 +218,12 @@ class Trace:
         return len({r.site for r in self._tensors})
 
     def __contains__(self, key: object) -> bool:
-        return any(key in (read, read.site, str(read.site)) for read in self._tensors)
+        """Whether exactly this was read, by any of its names."""
+        site: object = None
+        if isinstance(key, str):
+            with contextlib.suppress(SiteError):
+                site = Site.parse(key)
+        return any(key == read or (site or key) == read.site for read in self._tensors)
 
     def __repr__(self) -> str:
         rows = [f"  {r.site}: {' '.join(_axes(r, t))} {tuple(t.shape)}" for r, t in self._tensors.items()]

@@ -107,9 +107,10 @@ class Model(WeightsByHead):
             ModelError: the model is unknown, of a family without a row, or its files cannot be used; or `remote`
                 without a key of NDIF's, or without its answer.
         """
-        if remote:
-            from mechinterp.engine.backends import remotely
+        from mechinterp.engine.backends import check_name, remotely
 
+        check_name(backend)
+        if remote:
             more = {"dtype": dtype, "revision": revision, "kernel": attn_implementation}
             rest = {"adapter": adapter, "device": device, "device_map": device_map, "load_in_4bit": load_in_4bit}
             return remotely(name, backend, remote, more, **rest)

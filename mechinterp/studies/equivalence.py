@@ -1,51 +1,20 @@
 """Whether TransformerLens and nnsight give what the native engine gives, on your own model: sites, and analyzers."""
 
 import html
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mechinterp.analyzers.ablation import Ablation
-from mechinterp.analyzers.accuracy import Accuracy
-from mechinterp.analyzers.attribution import AttributionPatching
-from mechinterp.analyzers.categories import AttentionByCategory
-from mechinterp.analyzers.clusters import HeadClusters
-from mechinterp.analyzers.concept_bottleneck import ConceptBottleneck
-from mechinterp.analyzers.concept_directions import ConceptAssociation, ConceptDirections
-from mechinterp.analyzers.concept_neurons import ConceptNeurons
-from mechinterp.analyzers.cross_lingual import CrossLingual
-from mechinterp.analyzers.dimensions import DimensionCorrelation
-from mechinterp.analyzers.direct import DirectLogitAttribution
-from mechinterp.analyzers.edges import EdgeAttribution
-from mechinterp.analyzers.feature_effects import FeatureEffects
-from mechinterp.analyzers.features import Features
-from mechinterp.analyzers.gradients import GradientAnalysis, NeuronImportance
-from mechinterp.analyzers.heads import HeadRoles
-from mechinterp.analyzers.hotspots import Hotspots
-from mechinterp.analyzers.lens import LogitLens
-from mechinterp.analyzers.max_activating import MaxActivating
-from mechinterp.analyzers.patching import ActivationPatching
-from mechinterp.analyzers.paths import PathPatching
-from mechinterp.analyzers.patterns import AttentionPatterns, AttentionProfile
-from mechinterp.analyzers.probe import Probe, ProbeTransfer
-from mechinterp.analyzers.representation_map import RepresentationMap
-from mechinterp.analyzers.similarity import GroupSimilarity, Similarity
-from mechinterp.analyzers.spurious import SpuriousPatterns
-from mechinterp.analyzers.stats import ActivationStats
-from mechinterp.analyzers.steering import Steering
-from mechinterp.analyzers.token_attribution import TokenAttribution
-from mechinterp.analyzers.tracing import CausalTracing
-from mechinterp.analyzers.trajectory import HighScoreTokens, Trajectory
 from mechinterp.core.analyzer import Analyzer
 from mechinterp.core.examples import Examples
 from mechinterp.core.interventions import Apply
-from mechinterp.core.linear_probe import LinearProbe
 from mechinterp.core.metrics import logit_diff
 from mechinterp.core.result import Result
 from mechinterp.core.tokens import TokenBatch
@@ -55,21 +24,23 @@ from mechinterp.engine.backward import backward
 from mechinterp.engine.forward import forward
 from mechinterp.engine.runner import run
 from mechinterp.engine.verify import prompts
-from mechinterp.errors import HookError, MechinterpError, ModelError
-from mechinterp.model.autoencoder import SparseAutoencoder
+from mechinterp.errors import MechinterpError, ModelError, SiteError
 from mechinterp.model.backend import NATIVE, Use
 from mechinterp.model.model import Model
 from mechinterp.model.slices import PATTERN_KINDS
 from mechinterp.sites import KINDS, Site
+from mechinterp.studies.equivalence_suite import LAST, suite
+from mechinterp.studies.yardsticks import Gap, counts, gap, numbers, rows, sizes
 
 OTHERS = tuple(name for name in NAMES if name != NATIVE)
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Largest difference relative to the largest value, by dtype. Half precision: of sites, whose analyzers only add up."""
-_ERRORS = {"completeness_error": "attribution", "additivity_error": "attribution"}
-"""Values that are 0 but for rounding and quadrature, and what they are the errors of a sum of."""
-_COUNTED = ("p", "q", "density")
-"""Last words of the names of floats that are counts of draws or of tokens."""
-_LAST = Read(Site("logits", positions="end"))
+"""Largest relative difference, by dtype."""
+COUNTS = 0.02
+"""Largest share of a variable's counts and choices that may be others, and largest jump of a count."""
+FULL = (torch.float32, torch.float64)
+"""The dtypes in which analyzers are compared: they add up what half precision has rounded differently."""
+_LEAST = 1e-2
+"""Of the layer's largest gradient: what the gradient at a token is held against at least. The first query's is 0."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +48,13 @@ class Agreement:
     """One line of the table: one thing that was done on the native engine and on a backend.
 
     Attributes:
-        what: ``read``, ``write``, ``gradient`` or ``analyzer``.
-        name: of the site's kind, or of the analyzer.
+        what: ``read``, ``write``, ``gradient``, ``analyzer`` (its measurements), ``counts`` (what it counts and
+            chooses), or ``model`` where the backend cannot run it at all.
+        name: of the site's kind, of the analyzer, or of the model.
         absolute: largest difference; NaN where the backend refuses, by name.
-        relative: the same, over the largest value of the native engine.
+        relative: largest difference relative to what it is held against: reads and gradients the largest value at
+            the same token, writes the largest change of a logit, measurements the variable's largest value; of
+            counts and choices the share that are others, or the largest jump of one relative to the largest.
         detail: where the largest was, or why it was refused.
     """
 
@@ -115,6 +89,7 @@ class Equivalence:
 
     model: str
     rows: tuple[Agreement, ...]
+    note: str = ""
 
     @property
     def passed(self) -> bool:
@@ -126,7 +101,8 @@ class Equivalence:
         """One line: how many agree, which are refused, and which differ."""
         said = {verdict: [r for r in self.rows if r.verdict == verdict] for verdict in ("agrees", "lacks", "differs")}
         text = f"{len(said['agrees'])} agree, {len(said['lacks'])} are refused by name, {len(said['differs'])} differ"
-        return text + "".join(f"; {r.backend} {r.what} {r.name}" for r in said["differs"])
+        differing = "".join(f"; {r.backend} {r.what} {r.name}" for r in said["differs"])
+        return text + differing + (f". {self.note}" if self.note else "")
 
     def table(self) -> pd.DataFrame:
         """One row a comparison: backend, what, name, absolute, relative, tolerance, verdict, detail."""
@@ -143,19 +119,20 @@ class Equivalence:
 def markdown(found: Mapping[str, Equivalence]) -> str:
     """What was found on several models, for a page: the largest difference, relative (and absolute).
 
-    For each backend a table of sites, the worst of reading, writing and differentiating; then one of analyzers, the
-    worst of all backends. What differs is in bold; a dash is what the model has not.
+    For each backend a table of sites, the worst of reading, writing and differentiating; then one of analyzers, and
+    one of what they count, the worst of all backends. What differs is in bold; a dash is what the model has not.
 
     Args:
         found: by the name that stands above a column.
     """
-    rows = [(model, row) for model, each in found.items() for row in each.rows]
+    every = [(model, row) for model, each in found.items() for row in each.rows]
     out: list[str] = []
-    for backend in dict.fromkeys(row.backend for _, row in rows):
-        mine = [(model, row) for model, row in rows if row.backend == backend and row.what != "analyzer"]
+    for backend in (backend for backend in OTHERS if backend in {row.backend for _, row in every}):
+        mine = [(model, row) for model, row in every if row.backend == backend and row.name in KINDS]
         out += [f"On `{backend}`:", "", *_grid("site", list(found), mine, "what"), ""]
-    if analyzers := [(model, row) for model, row in rows if row.what == "analyzer"]:
-        out += ["Analyzers, on both:", "", *_grid("analyzer", list(found), analyzers, "backend"), ""]
+    for what, title in (("analyzer", "Analyzers, on both:"), ("counts", "What they count and choose, on both:")):
+        if mine := [(model, row) for model, row in every if row.what == what]:
+            out += [title, "", *_grid("analyzer", list(found), mine, "backend"), ""]
     return "\n".join(out).rstrip()
 
 
@@ -193,21 +170,36 @@ def equivalence(
     Prompts have different lengths and are padded, on both sides. Nothing depends on what the model was trained for.
 
     Args:
-        analyzers: compare analyzers, too, whose sweeps take one whole pass for each row.
+        analyzers: compare analyzers, too, whose sweeps take one whole pass for each row; never in half precision,
+            whose roundings they add up.
         told: called with every line as it is done.
     Raises:
-        ModelError: a backend that there is not, or that cannot run this model.
+        ModelError: a backend that there is not, or none that can run this model.
     """
     if odd := [name for name in backends if name not in OTHERS]:
         raise ModelError(f"The backends of equivalence must be among {', '.join(OTHERS)}. Got {odd[0]!r}")
-    native, rows = model.with_backend(NATIVE), list[Agreement]()
-    others = {name: model.with_backend(name) for name in backends}
-    for step in (_reads, _writes, _gradients, *([_analyzers] if analyzers else [])):
-        for row in step(native, others):
-            rows.append(row)
-            if told is not None:
-                told(row)
-    return Equivalence(repr(native), tuple(rows))
+    native, others = model.with_backend(NATIVE), list[Model]()
+    found: list[Agreement] = []
+    refusals: list[ModelError] = []
+    for name in backends:
+        try:
+            others.append(model.with_backend(name))
+        except ModelError as error:
+            refusals.append(error)
+            found.append(_lacks(name, model.dtype, "model", model.name, str(error)))
+    if refusals and not others:
+        raise refusals[0]
+    wanted = analyzers and native.dtype in FULL
+    steps = (iter(found), _reads(native, others), _writes(native, others), _gradients(native, others))
+    rows: list[Agreement] = []
+    for row in itertools.chain(*steps, _analyzers(native, others) if wanted else ()):
+        rows.append(row)
+        if told is not None:
+            told(row)
+    notes = ["Analyzers are compared in float32 and float64 alone"] * (analyzers and not wanted)
+    if native.dtype not in FULL and "router" in _kinds(native):
+        notes.append("Where experts score nearly alike, engines may choose others, and what follows differs")
+    return Equivalence(repr(native), tuple(rows), ". ".join(notes))
 
 
 def _examples(model: Model) -> Examples:
@@ -217,7 +209,7 @@ def _examples(model: Model) -> Examples:
     """
     ids = sorted(prompts(model), key=len)
     few = [ids[0], ids[len(ids) // 2], ids[-1]]
-    logits = forward(model, model.tokenize(Examples.of(few)).batch(range(3), model.device), [_LAST]).values[_LAST]
+    logits = forward(model, model.tokenize(Examples.of(few)).batch(range(3), model.device), [LAST]).values[LAST]
     return Examples.of(few, answers=[(int(row.argmax()), int(row.argmin())) for row in logits])
 
 
@@ -229,272 +221,135 @@ def _kinds(model: Model) -> dict[str, list[Site]]:
     return out
 
 
-def _able(other: Model, sites: Sequence[Site], use: Use) -> str | None:
-    """Why a backend cannot do this at some of the sites; None where it can."""
+def _row(other: Model, what: str, name: str, gaps: Iterable[Gap], tolerance: float | None = None) -> Agreement:
+    """The largest of the gaps, as they are measured; an error while that is done is as large as can be."""
+    try:
+        worst = max(gaps, key=lambda each: each.relative, default=Gap(0.0, 0.0, ""))
+    except MechinterpError as error:
+        worst = Gap(math.inf, math.inf, str(error))
+    least = TOLERANCES[other.dtype] if tolerance is None else tolerance
+    return Agreement(_who(other), what, name, worst.absolute, worst.relative, least, worst.where)
+
+
+def _lacks(who: str, dtype: torch.dtype, what: str, name: str, reason: str) -> Agreement:
+    return Agreement(who, what, name, math.nan, math.nan, TOLERANCES[dtype], reason)
+
+
+def _who(model: Model) -> str:
+    return NATIVE if model.backend is None else model.backend.name
+
+
+def _at(other: Model, use: Use, kind: str, sites: Sequence[Site], gaps: Iterable[Gap]) -> Agreement:
+    """One line of a kind of site: what is refused at one of them, by name, or the largest gap."""
     assert other.backend is not None
-    return next((reason for site in sites if (reason := other.backend.lacks(site, use)) is not None), None)
+    for site in sites:
+        if (reason := other.backend.lacks(site, use)) is not None:
+            return _lacks(_who(other), other.dtype, use, kind, reason)
+    return _row(other, use, kind, gaps)
 
 
-def _row(model: Model, backend: str, what: str, name: str, gaps: Sequence[tuple[float, float, str]]) -> Agreement:
-    absolute, relative, where = max(gaps, key=lambda gap: gap[1])
-    return Agreement(backend, what, name, absolute, relative, TOLERANCES[model.dtype], where)
+def _names(batch: TokenBatch, what: str) -> list[str]:
+    """What each real token is called."""
+    lengths = enumerate(batch.lengths.tolist())
+    return [f"{what}, token {token} of prompt {prompt}" for prompt, length in lengths for token in range(length)]
 
 
-def _lacks(model: Model, backend: str, what: str, name: str, reason: str) -> Agreement:
-    return Agreement(backend, what, name, float("nan"), float("nan"), TOLERANCES[model.dtype], reason)
+def _sizes(values: Float[Tensor, "row value"], dtype: torch.dtype, least: float = 0.0) -> Float[Tensor, " row"]:
+    """What the rows are held against: each its largest value, or `least` of the largest of all.
 
-
-def _gap(found: Tensor, expected: Tensor, where: str, against: float | None = None) -> tuple[float, float, str]:
-    """(absolute, relative, where) of the largest difference; a NaN on one side alone is as large as can be.
-
-    Args:
-        against: what it is relative to; the largest expected value by default.
+    In half precision the largest of all, as a row alone has too few digits.
     """
-    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
-    same = (found == expected) | (found.isnan() & expected.isnan())  # equal infinities, too
-    gap = (found - expected).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
-    if against is None:
-        against = float(expected.masked_fill(~expected.isfinite(), 0.0).abs().max()) if expected.numel() else 0.0
-    absolute = float(gap.max()) if gap.numel() else 0.0
-    return absolute, absolute / max(against, 1e-12), where
+    each = sizes(values)
+    return each.clamp(min=(least if dtype in FULL else 1.0) * float(each.max()))
 
 
-def _real(value: Tensor, site: Site, batch: TokenBatch) -> Tensor:
-    """What is at real tokens, as one row of numbers; padding is nobody's."""
-    mask = batch.mask.to(value.device)
-    if site.kind in PATTERN_KINDS:
-        return value[(mask[:, None, :, None] & mask[:, None, None, :]).expand_as(value)]
-    return value[mask]
-
-
-def _reads(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
+def _reads(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
+    """Token by token, padded on either side."""
     tokens = native.tokenize(_examples(native))
     batches = {side: tokens.batch(range(3), native.device, side) for side in ("right", "left")}
+
+    def gaps(other: Model, reads: Sequence[Read], expected: Mapping[str, Mapping[Read, Tensor]]) -> Iterator[Gap]:
+        for side, batch in batches.items():
+            found = forward(other, batch, reads).values
+            for read in reads:
+                a, b = (rows(values[read], read.site, batch) for values in (found, expected[side]))
+                yield gap(a, b, _names(batch, f"{read.site} padded on the {side}"), _sizes(b, other.dtype))
+
     for kind, sites in _kinds(native).items():
         reads = [Read(site) for site in sites]
         expected = {side: forward(native, batch, reads).values for side, batch in batches.items()}
-        for name, other in others.items():
-            if reason := _able(other, sites, "read"):
-                yield _lacks(native, name, "read", kind, reason)
-                continue
-            gaps: list[tuple[float, float, str]] = []
-            for side, batch in batches.items():
-                found = forward(other, batch, reads).values
-                for read in reads:
-                    a, b = (_real(values[read], read.site, batch) for values in (found, expected[side]))
-                    gaps.append(_gap(a, b, f"{read.site}, padded on the {side}"))
-            yield _row(native, name, "read", kind, gaps)
+        for other in others:
+            yield _at(other, "read", kind, sites, gaps(other, reads, expected))
 
 
 def _edit(site: Site) -> Apply:
-    """An edit that no norm undoes, and that takes a router to other experts."""
+    """A large edit, so that what it changes has digits to compare; no norm undoes it, and a router takes others."""
     if site.kind in PATTERN_KINDS:
-        return Apply(site, lambda value: value * 0.7)
-    if site.kind == "router":
-        return Apply(site, torch.neg)
-    return Apply(site, lambda value: 0.7 * value + 0.2 * value.roll(1, -1))
+        return Apply(site, lambda value: 3 * value)
+    return Apply(site, lambda value: value.roll(1, -1))
 
 
-def _writes(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
-    """At the first, a middle and the last layer, each in a pass of its own: what the last token's logits come to."""
+def _writes(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
+    """At the first, a middle and the last layer, each in a pass of its own: what it changes of the last logits."""
     batch = native.tokenize(_examples(native)).batch(range(3), native.device)
+    plain = forward(native, batch, [LAST]).values[LAST].double()
+
+    def logits(model: Model, site: Site) -> Tensor:
+        return forward(model, batch, [LAST], writes=[_edit(site)]).values[LAST].double()
+
+    def gaps(other: Model, expected: Mapping[Site, Tensor]) -> Iterator[Gap]:
+        for site, value in expected.items():
+            prompts = [f"{site}, prompt {i}" for i in range(3)]
+            changed = value - plain if other.dtype in FULL else value
+            yield gap(logits(other, site), value, prompts, _sizes(changed, other.dtype))
+
     for kind, sites in _kinds(native).items():
-        some = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
-        expected = [forward(native, batch, [_LAST], writes=[_edit(site)]).values[_LAST] for site in some]
-        for name, other in others.items():
-            if reason := _able(other, some, "write"):
-                yield _lacks(native, name, "write", kind, reason)
-                continue
-            found = [forward(other, batch, [_LAST], writes=[_edit(site)]).values[_LAST] for site in some]
-            gaps = [_gap(a, b, str(site)) for a, b, site in zip(found, expected, some, strict=True)]
-            yield _row(native, name, "write", kind, gaps)
+        some = dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]])
+        expected = {site: logits(native, site) for site in some}
+        for other in others:
+            yield _at(other, "write", kind, list(some), gaps(other, expected))
 
 
-def _gradients(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
-    """Of the logit difference."""
+def _gradients(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
+    """Of the logit difference, token by token."""
     batch = native.tokenize(_examples(native)).batch(range(3), native.device)
+
+    def gaps(other: Model, expected: Mapping[Read, Tensor]) -> Iterator[Gap]:
+        found = backward(other, batch, [read.site for read in expected], logit_diff())[0]
+        for read, value in expected.items():
+            a, b = (rows(grad, read.site, batch) for grad in (found[read], value))
+            yield gap(a, b, _names(batch, str(read.site)), _sizes(b, other.dtype, _LEAST))
+
     for kind, sites in _kinds(native).items():
         if kind in ("head_out", "logits"):  # whose gradients are another's, and the metric's own
             continue
         expected = backward(native, batch, sites, logit_diff())[0]
-        for name, other in others.items():
-            if reason := _able(other, sites, "gradient"):
-                yield _lacks(native, name, "gradient", kind, reason)
-                continue
-            found = backward(other, batch, sites, logit_diff())[0]
-            gaps = [
-                _gap(_real(found[read], read.site, batch), _real(grad, read.site, batch), str(read.site))
-                for read, grad in expected.items()
-            ]
-            yield _row(native, name, "gradient", kind, gaps)
+        for other in others:
+            yield _at(other, "gradient", kind, sites, gaps(other, expected))
 
 
-def _suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
-    """Analyzers of each kind, with the examples that they are compared on.
-
-    What trains nothing and needs no files: an SAE and a probe have random weights. What is written is large, as last
-    digits cannot be compared. In deep models the sweeps take three layers, as every cell is a pass. Left out are
-    those that read weights alone, which backends share, and those of a file.
-    """
-    n, width = model.dims.n_layers, model.dims.d_model
-    some, middle, site = tuple(sorted({0, n // 2, n - 1})), (n // 2,), Site("resid_post", n // 2)
-    ids = [list(row[:8]) for row in sorted(prompts(model), key=len)]
-    # Each begins with another token: texts that begin alike have equal numbers, whose order is chance.
-    texts = [[(7 + i) % model.dims.vocab, *row[1:]] for i, row in enumerate([*ids, *(row[::-1] for row in ids)])]
-    clean = [ids[0], ids[-1]]
-    corrupted = [[*row[:1], (row[1] + 1) % model.dims.vocab, *row[2:]] for row in clean]
-    answers = _told_apart(model, clean, corrupted)
-    labelled = Examples.of(texts, labels=["a"] * 8 + ["b"] * 8, answers=[answers[0]] * 16)
-    labelled = labelled.with_category("second", [[(1, 2)]] * 16)
-    spans = {"subject": [(1, 2)] * 2, "rest": [(1, len(row)) for row in clean]}
-    pairs = Examples.pairs(clean, corrupted, answers=answers, spans=spans)
-
-    draw = torch.Generator().manual_seed(0)
-    directions = torch.randn(2, width, generator=draw) / width**0.5
-    last = _last(model, labelled, site)
-    _, _, varied = torch.linalg.svd(last - last.mean(0))
-    far = float(last.norm(dim=-1).mean())
-    probe = LinearProbe(site, ("a", "b"), directions, torch.zeros(2))
-    encoder = torch.randn(width, 32, generator=draw) / width**0.5
-    sae = SparseAutoencoder(site, encoder, torch.zeros(32), encoder.T.contiguous(), torch.zeros(width))
-
-    forwards: list[Analyzer] = [
-        LogitLens(),
-        DirectLogitAttribution(),
-        Accuracy(),
-        ActivationStats(),
-        AttentionPatterns(),
-        AttentionProfile(),
-        AttentionByCategory(queries="all"),
-        HeadRoles(sequences=2, length=8),
-        HeadClusters(shown=4),
-        Hotspots(pairs=3),
-        MaxActivating("resid_post", top=3),
-        Similarity(draws=5),
-        GroupSimilarity(draws=19),
-        RepresentationMap(clusters=2),
-        CrossLingual((*range(8), *range(8)), draws=19),
-        DimensionCorrelation({"number": tuple(map(float, range(16)))}),
-        ConceptDirections(folds=3),
-        ConceptAssociation(probe),
-        Probe((site,), folds=3),
-        ProbeTransfer(run(model, labelled, Probe((site,), folds=3))),
-        Features(sae, top=3, context=2, metric=logit_diff()),
-        Trajectory(),
-        HighScoreTokens(top=3),
-    ]
-    gradients: list[Analyzer] = [
-        GradientAnalysis(),
-        TokenAttribution("grad-x-input"),
-        TokenAttribution("head-x-representation"),
-    ]
-    swept: list[Analyzer] = [
-        NeuronImportance(sizes=(4,)),
-        ConceptNeurons(layers=some, sizes=(4,), draws=2, top=3, shown=2),
-        ConceptBottleneck({"a": varied[0], "b": varied[1]}, site, folds=3, draws=3),
-        Steering(probe, strengths=(far,), draws=2),
-        FeatureEffects(sae, top=3),
-        SpuriousPatterns(least=2),
-    ]
-    paired: list[Analyzer] = [
-        TokenAttribution("integrated-gradients", positions="rest"),
-        TokenAttribution("partition-shap", evaluations=32),
-        AttributionPatching("z", heads="each"),
-        AttributionPatching("q", heads="each", positions="end", method="atp*"),
-        EdgeAttribution("eap"),
-        EdgeAttribution("eap-ig-inputs", steps=2),
-        ActivationPatching("resid_pre", positions=(1, "end"), layers=some),
-        ActivationPatching("mlp_out", positions="end", layers=some, direction="noise"),
-        ActivationPatching("z", heads="each", positions="end", layers=middle),
-        PathPatching("logits", "attn_out", positions="end", layers=some),
-        CausalTracing(copies=1, window=2, layers=middle, skip_wrong=False),
-        Ablation("mlp_out", heads=None, layers=some),
-    ]
-    return [
-        (_name(analyzer), analyzer, examples)
-        for analyzers, examples in (([*forwards, *gradients, *swept], labelled), (paired, pairs))
-        for analyzer in analyzers
-    ]
-
-
-def _last(model: Model, examples: Examples, site: Site) -> Tensor:
-    """What is at a site at each text's last token, ``example d_model``."""
-    batch = model.tokenize(examples).batch(range(len(examples)), model.device)
-    read = Read(site.at("end"))
-    return forward(model, batch, [read]).values[read].float().cpu()
-
-
-def _told_apart(model: Model, clean: Sequence[list[int]], corrupted: Sequence[list[int]]) -> list[tuple[int, int]]:
-    """For each pair the two outputs whose logit difference it changes most.
-
-    What is normalised by the change is then no quotient of two roundings.
-    """
-    batch = model.tokenize(Examples.of([*clean, *corrupted])).batch(range(2 * len(clean)), model.device)
-    one, other = forward(model, batch, [_LAST]).values[_LAST].double().chunk(2)
-    return [(int(change.argmax()), int(change.argmin())) for change in one - other]
-
-
-def _name(analyzer: Analyzer) -> str:
-    given = [getattr(analyzer, name) for name in ("method", "site", "senders") if hasattr(analyzer, name)]
-    return f"{type(analyzer).__name__}({', '.join(getattr(one, 'kind', str(one)) for one in given)})"
-
-
-def _analyzers(native: Model, others: dict[str, Model]) -> Iterator[Agreement]:
-    for name, analyzer, examples in _suite(native):
+def _analyzers(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
+    """The numbers of each; then, in a line of their own, what it counts and chooses."""
+    for name, analyzer, examples in suite(native):
         try:
             expected = _quietly(native, analyzer, examples)
-        except MechinterpError:  # of a classifier, or of what has no neurons: not this model's
+        except MechinterpError as error:
+            yield _lacks(NATIVE, native.dtype, "analyzer", name, str(error))
             continue
-        for backend, other in others.items():
+        for other in others:
             try:
                 found = _quietly(other, analyzer, examples)
-            except HookError as error:  # no refusal, which comes before a pass
-                yield _row(native, backend, "analyzer", name, [(math.inf, math.inf, str(error))])
-                continue
+            except SiteError as error:  # by name, before the passes: the native engine has these sites
+                yield _lacks(_who(other), other.dtype, "analyzer", name, str(error))
             except MechinterpError as error:
-                yield _lacks(native, backend, "analyzer", name, str(error))
-                continue
-            yield _row(native, backend, "analyzer", name, list(_results(found, expected)))
+                yield _row(other, "analyzer", name, [Gap(math.inf, math.inf, str(error))])
+            else:
+                yield _row(other, "analyzer", name, numbers(found, expected))
+                if some := list(counts(found, expected, TOLERANCES[native.dtype])):
+                    yield _row(other, "counts", name, some, COUNTS)
 
 
 def _quietly(model: Model, analyzer: Analyzer, examples: Examples) -> Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return run(model, examples, analyzer, batch_size=3)
-
-
-def _results(found: Result, expected: Result) -> Iterator[tuple[float, float, str]]:
-    """Of every variable of a result, the largest difference against `_scale`.
-
-    What is counted jumps where two numbers are nearly equal: of ranks, numbers of texts, p, q and shares of tokens it
-    is the mean over the variable's entries, and of names the share that are others.
-    """
-    for name, value in expected.data.variables.items():
-        name = str(name)
-        if name not in found.data.variables:
-            yield math.inf, math.inf, f"{name} is missing"
-            continue
-        a, b = np.asarray(found.data[name].values), np.asarray(value.values)
-        if a.shape != b.shape:
-            yield math.inf, math.inf, f"{name} has another shape"
-        elif b.dtype.kind not in "fiu":
-            share = float((a != b).mean()) if a.size else 0.0
-            yield share, share, name
-        else:
-            counted = b.dtype.kind != "f" or name.split("_")[-1] in _COUNTED
-            a, b = (torch.from_numpy(each.astype(float)) for each in (a, b))
-            absolute, relative, _ = _gap(a, b, name, _scale(name, expected))
-            if counted and math.isfinite(absolute) and relative:
-                mean = float((a - b).abs().nanmean())
-                absolute, relative = mean, relative * mean / absolute
-            yield absolute, relative, name
-
-
-def _scale(name: str, expected: Result) -> float:
-    """The variable's largest value; of an end of an interval, of both; of what is left of a sum, the sum of sizes."""
-    data = expected.data
-    if (of := _ERRORS.get(name)) is not None:
-        return float(np.nansum(np.abs(data[of].transpose("example", ...).values), 1).max())
-    ends = [name.replace("ci_low", "ci_high"), name.replace("ci_high", "ci_low")]
-    sizes = np.concatenate([np.abs(data[end].values.astype(float)).ravel() for end in dict.fromkeys([name, *ends])])
-    return float(sizes[np.isfinite(sizes)].max(initial=0.0))

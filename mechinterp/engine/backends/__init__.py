@@ -17,14 +17,19 @@ from mechinterp.model.model import Model
 NAMES = (NATIVE, "transformer_lens", "nnsight")
 
 
+def check_name(name: str) -> None:
+    """Raise a ModelError unless there is such a backend."""
+    if name not in NAMES:
+        raise ModelError(f"The backend must be one of {', '.join(map(repr, NAMES))}. Got {name!r}")
+
+
 def connect(model: Model, name: str) -> Backend | None:
     """A library's own model around the same weights; None for the native engine.
 
     Raises:
         ModelError: there is no such backend, or it cannot run this model.
     """
-    if name not in NAMES:
-        raise ModelError(f"The backend must be one of {', '.join(map(repr, NAMES))}. Got {name!r}")
+    check_name(name)
     if model.remote:
         raise ModelError(
             f"{model.name} runs on NDIF, and its weights are not here; load it without remote=True to run it by {name}"
@@ -104,4 +109,8 @@ def sharing(model: Model) -> Any:
         raise HookError(
             f"a block writes at {written[0][0]} of this model; leave it before another library takes it over"
         )
-    return copy.deepcopy(model.hf, {id(tensor): tensor for tensor in model.hf.parameters()})
+    shared: list[Any] = list(model.hf.parameters())
+    for module in model.hf.modules():  # hooks of the user's are called there, too, and not copies of their objects
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            shared += getattr(module, name).values()
+    return copy.deepcopy(model.hf, {id(one): one for one in shared})

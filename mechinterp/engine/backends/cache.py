@@ -53,11 +53,14 @@ def from_activation_cache(cache: Any, tokens: Tensor | None = None, mask: Tensor
         raise NeedsError(f"from_activation_cache takes a TransformerLens ActivationCache. Got {type(cache).__name__}")
     check_weights(cache.model)
     one = not cache.has_batch_dim
-    given = tokens if tokens is not None else cache.cache_dict.get("embed.hook_in")
+    run = cache.cache_dict.get("embed.hook_in")
+    given = tokens if tokens is not None else run
     if given is None:
         raise NeedsError("this cache does not hold the token ids that it is of; give them as tokens=")
     ids = torch.as_tensor(given)
     ids = ids[None] if ids.ndim == 1 else ids
+    if run is not None and ids.tolist() != run.reshape(-1, run.shape[-1]).tolist():
+        raise NeedsError("tokens= are not those that this cache is of, which it holds; leave tokens= out")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else torch.as_tensor(mask).bool()
     real = real[None] if real.ndim == 1 else real
     if real.shape != ids.shape:
@@ -75,7 +78,11 @@ def from_activation_cache(cache: Any, tokens: Tensor | None = None, mask: Tensor
         experts = f"blocks.{site.layer}.mlp.gate.hook_expert_indices" in points
         if experts and site.kind in ("mlp_gate", "mlp_act"):  # there these are names of the MLP's input and output
             continue
+        if Read(site) in held and name != site.tl_name:  # second names come second
+            continue
         here = ours(site, value[None] if one else value, len(ids))
+        if here.ndim != len(site.axes):  # copies for each head, which some flags of a bridge make
+            continue
         if (here.shape[0], here.shape[-1 if site.kind in PATTERN_KINDS else 1]) != ids.shape:
             raise NeedsError(
                 f"{name} in this cache has shape {tuple(value.shape)}, and its token ids {tuple(ids.shape)}; give those"

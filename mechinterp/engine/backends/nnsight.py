@@ -30,7 +30,6 @@ class NNsightBackend:
     def __init__(self, envoy: Any, model: Model) -> None:
         self.envoy, self.arch, self.dims, self.model = envoy, model.arch, model.dims, model
         self.version = importlib.metadata.version("nnsight")
-        self.eager = str(envoy._module.config._attn_implementation) == "eager"
 
     @classmethod
     def of(cls, model: Model) -> "NNsightBackend":
@@ -46,7 +45,7 @@ class NNsightBackend:
     def lacks(self, site: Site, use: Use) -> str | None:
         if site.per_query_head:
             return "the source that repeats keys and values for each query head is the kernel's own, and varies"
-        if site.kind in PATTERN_KINDS and not self.eager:
+        if site.kind in PATTERN_KINDS and self.envoy._module.config._attn_implementation != "eager":
             return "scores and patterns exist in eager attention only: make the model with attn_implementation='eager'"
         return None
 

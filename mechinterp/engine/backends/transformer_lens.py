@@ -137,9 +137,9 @@ def check_weights(bridge: Any) -> None:
     """Raise where a bridge has changed its weights, which it can do at any time."""
     if getattr(bridge, "compatibility_mode", False) or getattr(bridge, "_weights_processed", False):
         raise ModelError(
-            "this TransformerBridge is in compatibility mode, which folds norms into weights and centres them, so that"
-            " sites hold other numbers; take a bridge on which neither enable_compatibility_mode() nor"
-            " process_weights() was called"
+            "this TransformerBridge is in compatibility mode or has processed its weights, which may fold norms into"
+            " them and centre them, so that sites hold other numbers; take a bridge on which neither"
+            " enable_compatibility_mode() nor process_weights() was called"
         )
 
 
