@@ -1,7 +1,7 @@
 """The tables of docs/backends.md: every site and nearly every analyzer on TransformerLens and nnsight.
 
-One tiny model a family, and SmolLM2, in fp32; then the tiny ones in bf16 and fp16, sites alone, with whether the
-logits of one text are to the bit those of transformers with eager attention. No times are compared.
+One tiny model a family, a tiny classifier, and SmolLM2, in fp32; then the tiny ones in bf16 and fp16, sites alone, with
+whether the logits of one text are to the bit those of transformers with eager attention. No times are compared.
 """
 
 import copy
@@ -14,7 +14,7 @@ import mechinterp as mi
 from benchmarks.timing import arguments, environment
 from mechinterp.studies.equivalence import OTHERS, Equivalence, equivalence, markdown
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 IDS = torch.tensor([[3, 5, 7, 9, 11, 2, 8, 4]])
 
 
@@ -24,9 +24,9 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     families = FAMILIES[:1] if options.quick else FAMILIES
     found: dict[str, Equivalence] = {}
-    for name in [*families, *([] if options.quick else ["SmolLM2"])]:
+    for name in [*families, *([] if options.quick else ["classifier", "SmolLM2"])]:
         started = time.perf_counter()
-        model = mi.Model.load("smollm2") if name == "SmolLM2" else mi.testing.tiny(name)
+        model = made(name)
         found[name] = equivalence(model)
         print(f"{name}: {found[name].summary}, in {time.perf_counter() - started:.0f} s", flush=True)
     print(f"\n{markdown(found)}\n", flush=True)
@@ -42,6 +42,16 @@ def main() -> None:
     if options.json is not None:
         rows = {name: json.loads(one.table().to_json(orient="records")) for name, one in (found | halves).items()}
         options.json.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1, default=str) + "\n")
+
+
+def made(name: str) -> mi.Model:
+    if name == "SmolLM2":
+        return mi.Model.load("smollm2")
+    if name != "classifier":
+        return mi.testing.tiny(name)
+    model = mi.testing.tiny("qwen3", num_labels=2)
+    model.hf.config.pad_token_id = 0
+    return model
 
 
 def half(model: mi.Model, backend: str, found: Equivalence) -> str:

@@ -118,15 +118,15 @@ def test_every_analyzer_agrees() -> None:
     rows = [row for row in found if row.what == "analyzer"]
     names = [row.name for row in rows if row.backend == "nnsight"]
     assert len(names) == len(set(names)) and len(rows) == 2 * len(names)
-    assert {name.split("(")[0] for name in names} == OURS - FILES - HEADED
+    assert {name.split("(")[0] for name in names} == OURS - LEFT_OUT - HEADED
     assert all(row.verdict == "agrees" for row in found)
     assert max(row.relative for row in rows) < 5e-5, max(rows, key=lambda row: row.relative)
 
 
 OURS = {entry.attr for entry in TABLE.values()}
-FILES = {"SyntacticHeads"}
+LEFT_OUT = {"SyntacticHeads", "HeadWeights"}
 HEADED = {"ClassifierWeights", "Trajectory", "HighScoreTokens", "SpuriousPatterns"}
-"""Analyzers of our own; those of a file, and those of a classifier's head."""
+"""Analyzers of our own; those that take a file or minutes, and those of a classifier's head."""
 
 
 def test_a_classifiers_analyzers_agree_where_it_can_run() -> None:
@@ -245,10 +245,10 @@ def test_ends_of_intervals_and_what_is_left_of_sums_have_the_scale_of_the_whole(
     assert [each for each in numbers(other, expected) if each.absolute] == [(0.1, 0.02, "x_ci_low")]
 
 
-def test_heads_by_a_file_agree() -> None:
-    """What `equivalence` leaves out, as it has no file."""
+def test_heads_by_a_file_and_by_weights_agree() -> None:
+    """What `equivalence` leaves out."""
     model = tiny("qwen3")
-    analyzers = [mi.SyntacticHeads(str(Path(__file__).parent / "sentences.conllu"), least=2)]
+    analyzers = [mi.SyntacticHeads(str(Path(__file__).parent / "sentences.conllu"), least=2), mi.HeadWeights()]
     expected = mi.run(model, [[5]], analyzers)
     for name in study.OTHERS:
         for found, ours in zip(mi.run(model.with_backend(name), [[5]], analyzers), expected, strict=True):

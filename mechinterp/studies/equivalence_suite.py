@@ -21,7 +21,6 @@ from mechinterp.analyzers.edges import EdgeAttribution
 from mechinterp.analyzers.feature_effects import FeatureEffects
 from mechinterp.analyzers.features import Features
 from mechinterp.analyzers.gradients import GradientAnalysis, NeuronImportance
-from mechinterp.analyzers.head_weights import HeadWeights
 from mechinterp.analyzers.heads import HeadRoles
 from mechinterp.analyzers.hotspots import Hotspots
 from mechinterp.analyzers.lens import LogitLens
@@ -58,7 +57,8 @@ def suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
 
     What trains nothing and needs no files: an SAE and a probe have random weights. What is written is large, as last
     digits cannot be compared. In deep models the sweeps take three layers, as every cell is a pass. Left out are
-    those that this model cannot have, and `SyntacticHeads`, which is of a file.
+    those that this model cannot have, `SyntacticHeads`, which is of a file, and `HeadWeights`, which takes minutes and
+    reads weights alone, which the backends share.
     """
     n, width = model.dims.n_layers, model.dims.d_model
     some, middle, site = tuple(sorted({0, n // 2, n - 1})), (n // 2,), Site("resid_post", n // 2)
@@ -104,7 +104,6 @@ def suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
         Probe((site,), folds=3),
         ProbeTransfer(run(model, labelled, Probe((site,), folds=3))),
         Features(sae, top=3, context=2, metric=logit_diff()),
-        HeadWeights(),
     ]
     gradients: list[Analyzer] = [
         GradientAnalysis(),
