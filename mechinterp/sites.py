@@ -104,9 +104,8 @@ _ALIASES = [
     ("final_norm", "unembed.hook_in"),
     ("logits", "hook_unembed"),
 ]
-"""Second names of TransformerLens 4, of places where a write is a write at the site.
-
-``mlp.gate.hook_out`` is of two places, by the layer, and so of none.
+"""Second names of TransformerLens 4, of places where a write there is a write at the site (but `resid_mid`'s, as its
+first name). ``mlp.gate.hook_out`` is of two places, by the layer, and so of none.
 """
 
 _ORDER = {name: i for i, name in enumerate(KINDS)}

@@ -106,12 +106,14 @@ def test_every_name_of_a_hook_is_of_the_site_that_it_names(family: str) -> None:
     trace = native.trace(IDS, [*dict.fromkeys(known.values())])
     for name, site in known.items():
         close(ours(site, cache[name], len(IDS)), trace[site])
-        assert name in trace and "blocks.9.hook_in" not in trace
+        assert name in trace and str(site) in trace and "blocks.9.hook_in" not in trace
     last = {name.removeprefix("blocks.1.") for name in cache.keys() if name not in known}  # noqa: SIM118
     left = {name for name in last if not name.startswith(("blocks.", "rotary")) and "norm" not in name}
     branches = {"ln1.hook_in", *(f"attn.{each}.hook_in" for each in "qkv"), "mlp.gate.hook_in", "mlp.in.hook_in"}
     scales = {"ln1.hook_scale", "ln2.hook_scale", "attn.hook_cos", "attn.hook_sin", "ln_final.hook_scale"}
     assert left == branches | scales | {"embed.hook_in", "ln_final.hook_in", "mlp.gate.hook_out"}
+    one = native.trace(IDS, [sites.z(0, heads=(3,)), sites.k(0, per_query_head=True)])
+    assert "z.0.h3" in one and "z.0" not in one and sites.z(0, heads=(3,)) in one
     with pytest.raises(SiteError, match=r"No site stands for the hook 'blocks.1.ln1.hook_scale'; did you mean"):
         native.trace(IDS, "blocks.1.ln1.hook_scale")
     with pytest.raises(NeedsError, match=r"stack takes a kind and stacks its layers; write 'z'. Got 'blocks.1.attn.ho"):

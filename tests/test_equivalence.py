@@ -77,6 +77,8 @@ def test_gaps() -> None:
         assert math.isinf(gap(torch.tensor([[1.0, odd]]), torch.tensor([[1.0, float("-inf")]]), [""]).relative)
     assert math.isinf(gap(torch.tensor([[1e-9]]), torch.tensor([[0.0]]), [""]).relative)
     assert gap(torch.zeros(0, 4), torch.zeros(0, 4), []) == (0.0, 0.0, "")
+    narrow = gap(torch.ones(2, 1), torch.ones(2, 4), ["a", "b"])
+    assert math.isinf(narrow.relative) and narrow.where == "a: shape (2, 1) instead of (2, 4)"
 
 
 def test_padding_is_nobodys() -> None:
@@ -135,6 +137,12 @@ def test_a_classifiers_analyzers_agree_where_it_can_run() -> None:
     model.hf.config.pad_token_id = 0
     found = equivalence(model)
     assert [(row.backend, row.what) for row in found.rows if row.verdict == "lacks"] == [("transformer_lens", "model")]
+    page = study.markdown({"classifier": found})
+    assert "On `nnsight`:" in page and page.count("| `Trajectory()` | ") == 2
+    more = Equivalence("m", (*found.rows, Agreement("transformer_lens", "read", "z", 0.0, 0.0, 1e-4)))
+    assert "On `transformer_lens`:\n\n| site | classifier |\n|---|---|\n| `z` | refused |" in study.markdown(
+        {"classifier": more}
+    )
     assert {row.name.split("(")[0] for row in found.rows} >= HEADED
     assert found.passed, found.summary
     with pytest.raises(ModelError, match="TransformerLens cannot wrap tiny-qwen3"):
@@ -142,11 +150,16 @@ def test_a_classifiers_analyzers_agree_where_it_can_run() -> None:
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3_moe"])
-def test_what_a_model_has_not_is_said(family: str) -> None:
+def test_every_analyzer_that_a_family_can_have(family: str) -> None:
     """Experts have no neurons. Two windows of the tiny Mistral tie: one choice in three hundred is another."""
     found = compared(tiny(family), "nnsight")
-    lacking = {(row.backend, row.name.split("(")[0]) for row in found if row.verdict == "lacks"}
-    assert not lacking and {row.verdict for row in found} == {"agrees"}
+    names = {row.name.split("(")[0] for row in found if row.what == "analyzer"}
+    without = {"NeuronImportance", "ConceptNeurons"} if family == "qwen3_moe" else set()
+    assert names == OURS - LEFT_OUT - HEADED - without
+    assert {row.verdict for row in found} == {"agrees"}
+    if family == "mistral":
+        chosen = {row.name: row.relative for row in found if row.what == "counts" and row.relative}
+        assert set(chosen) == {"MaxActivating()"} and 0 < chosen["MaxActivating()"] < 0.01
 
 
 def test_half_precision_compares_sites_alone() -> None:
@@ -164,7 +177,6 @@ def test_errors_of_a_pass_differ_and_refusals_before_it_do_not(monkeypatch: pyte
     model = tiny("llama")
     suite = [(name, *rest) for name, *rest in study.suite(model) if name.startswith(("LogitLens", "DirectLogit"))]
     monkeypatch.setattr(study, "suite", lambda model: suite)
-    monkeypatch.setattr(study, "_gradients", lambda *_: iter(()))
     passes = BridgeBackend.run
 
     def missing(self: BridgeBackend, batch: Any, writes: Any, reads: Any, *rest: Any) -> Any:
@@ -174,17 +186,21 @@ def test_errors_of_a_pass_differ_and_refusals_before_it_do_not(monkeypatch: pyte
 
     monkeypatch.setattr(BridgeBackend, "run", missing)
     lacking = BridgeBackend.lacks
-    refused = lambda self, site, use: "not here" if site.kind == "embed" else lacking(self, site, use)  # noqa: E731
-    monkeypatch.setattr(BridgeBackend, "lacks", refused)
+
+    def lacks(self: BridgeBackend, site: Site, use: Any) -> str | None:
+        return "not here" if str(site.whole) in ("embed", "z.1") else lacking(self, site, use)
+
+    monkeypatch.setattr(BridgeBackend, "lacks", lacks)
     found = equivalence(model, ["transformer_lens"])
     rows = {(row.what, row.name): row for row in found.rows}
+    assert [row.verdict for row in found.rows if (row.what, row.name) == ("read", "z")] == ["lacks", "agrees"]
     assert (
         not found.passed and "transformer_lens read resid_post; transformer_lens analyzer LogitLens()" in found.summary
     )
     for key in (("read", "resid_post"), ("analyzer", "LogitLens()")):
         assert rows[key].verdict == "differs" and math.isinf(rows[key].relative)
         assert "did not fire" in rows[key].detail
-    assert rows["read", "embed"].verdict == "lacks" and rows["read", "embed"].detail == "not here"
+    assert rows["read", "embed"].verdict == "lacks" and rows["read", "embed"].detail == "embed: not here"
     assert rows["analyzer", "DirectLogitAttribution()"].verdict == "lacks"
     assert rows["write", "resid_post"].verdict == "agrees"
 
@@ -192,6 +208,7 @@ def test_errors_of_a_pass_differ_and_refusals_before_it_do_not(monkeypatch: pyte
 DATA = xr.Dataset(
     {
         "x": ("n", [1.0, -4.0]),
+        "top_rank": ("m", [0] * 99 + [49000]),
         "rank": ("n", [3, 10]),
         "token": ("n", ["a", "b"]),
         "word": ("n", np.array(["a", math.nan], dtype=object)),
@@ -206,6 +223,9 @@ DATA = xr.Dataset(
     [
         ("x", [1.0, -4.1], 0.025, False),
         ("rank", [3, 11], 0.5, True),
+        ("top_rank", [4] * 99 + [49000], 0.99, True),
+        ("top_rank", [0] * 99 + [49001], 0.0, True),
+        ("top_rank", [0] * 99 + [40000], 9000 / 49000, True),
         ("rank", [9, 10], 0.6, True),
         ("token", ["a", "c"], 0.5, True),
         ("word", np.array(["b", math.nan], dtype=object), 0.5, True),
@@ -216,7 +236,7 @@ DATA = xr.Dataset(
 )
 def test_an_analyzer_that_differs_is_found_out(name: str, other: Any, off: float, counted: bool) -> None:
     """Numbers, counts, choices and coordinates, each alone."""
-    found, expected = Result(DATA.assign({name: ("n", other)}), {}), Result(DATA, {})
+    found, expected = Result(DATA.assign({name: (DATA[name].dims, other)}), {}), Result(DATA, {})
     numeric, chosen = list(numbers(found, expected)), list(counts(found, expected, 1e-4))
     assert max(each.relative for each in (chosen if counted else numeric)) == pytest.approx(off)
     assert all(each.relative == 0 for each in (numeric if counted else chosen))
@@ -229,8 +249,30 @@ def test_what_one_side_has_besides_differs() -> None:
     assert [each.where for each in numbers(result, more) if each.relative] == ["y is missing"]
     longer = Result(xr.Dataset({"x": ("n", [1.0, -4.0, 2.0])}), {})
     few = Result(xr.Dataset({"x": ("n", [1.0, -4.0])}), {})
-    assert [each.where for each in numbers(longer, few) if each.relative] == ["x has another shape"]
+    assert [each.where for each in numbers(longer, few) if each.relative] == ["x has axes {'n': 3} instead of {'n': 2}"]
+    renamed = Result(xr.Dataset({"x": ("m", [1.0, -4.0])}), {})
+    assert [each.where for each in numbers(renamed, few) if each.relative] == [
+        "x has axes {'m': 2} instead of {'n': 2}"
+    ]
     assert not list(counts(longer, few, 1e-4))
+
+
+def test_measures_of_one_variable_have_a_scale_each() -> None:
+    """A mean of ranks is a count, and no yardstick for a probability beside it."""
+    dims, names = ("measure", "n"), {"measure": ["prob", "rank"]}
+    data = xr.Dataset(
+        {"mean": (dims, [[0.001, 0.002], [3.5, 400.0]]), "ci_low": (dims, [[0.0, 0.001], [3.0, 300.0]])}, names
+    )
+    for values, numeric, counted in (
+        ([[0.001, 0.003], [3.5, 400.0]], {"mean prob": 0.5}, {}),
+        ([[0.001, 0.002], [3.5, 380.0]], {}, {"mean rank": 0.05}),
+    ):
+        found, expected = Result(data.assign(mean=(dims, values)), {}), Result(data, {})
+        assert {g.where: pytest.approx(g.relative) for g in numbers(found, expected) if g.relative} == numeric
+        assert {g.where: pytest.approx(g.relative) for g in counts(found, expected, 1e-4) if g.relative} == counted
+    found = Result(data.assign(ci_low=(dims, [[0.0, 0.002], [3.0, 300.0]])), {})
+    said = {gap.where: gap.relative for gap in numbers(found, Result(data, {})) if gap.relative}
+    assert said == {"ci_low prob": pytest.approx(1.0)}
 
 
 def test_ends_of_intervals_and_what_is_left_of_sums_have_the_scale_of_the_whole() -> None:
@@ -238,7 +280,7 @@ def test_ends_of_intervals_and_what_is_left_of_sums_have_the_scale_of_the_whole(
     data = xr.Dataset({"attribution": (dims, there), "completeness_error": ("example", [0.01, 0.0])})
     data = data.assign(x_ci_low=("n", [0.0, -0.5]), x_ci_high=("n", [5.0, math.nan]), y_ci_low=("n", [1.0, 2.0]))
     expected = Result(data, {})
-    scales = {str(name): _scale(str(name), expected) for name in data.variables}
+    scales = {str(name): _scale(str(name), expected, {}) for name in data.variables}
     assert scales.pop("y_ci_low") == 2.0  # alone
     assert scales == {"attribution": 3.0, "completeness_error": 4.0, "x_ci_low": 5.0, "x_ci_high": 5.0}
     other = Result(data.assign(x_ci_low=("n", [0.1, -0.5])), {})

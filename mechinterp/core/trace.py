@@ -223,7 +223,7 @@ class Trace:
         if isinstance(key, str):
             with contextlib.suppress(SiteError):
                 site = Site.parse(key)
-        return any(key == read or (site or key) == read.site for read in self._tensors)
+        return any(key in (read, str(read.site)) or (site or key) == read.site for read in self._tensors)
 
     def __repr__(self) -> str:
         rows = [f"  {r.site}: {' '.join(_axes(r, t))} {tuple(t.shape)}" for r, t in self._tensors.items()]

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -39,8 +40,11 @@ COUNTS = 0.02
 """Largest share of a variable's counts and choices that may be others, and largest jump of a count."""
 FULL = (torch.float32, torch.float64)
 """The dtypes in which analyzers are compared: they add up what half precision has rounded differently."""
+_SITES = ("read", "write", "gradient")
 _LEAST = 1e-2
-"""Of the layer's largest gradient: what the gradient at a token is held against at least. The first query's is 0."""
+"""Of the layer's largest gradient: what the gradient at a token is held against at least. In half precision: all."""
+_QUERIES = ("q", "q_normed", "q_rot", "scores")
+"""Kinds whose gradient at the first token is 0 but for rounding, as it sees one key: there the largest counts."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class Agreement:
         absolute: largest difference; NaN where the backend refuses, by name.
         relative: largest difference relative to what it is held against: reads and gradients the largest value at
             the same token, writes the largest change of a logit, measurements the variable's largest value; of
-            counts and choices the share that are others, or the largest jump of one relative to the largest.
+            counts and choices the share that are others, or the largest jump of one relative to the largest. In
+            half precision: reads the middle one of all tokens at least, writes the logits, gradients the largest.
         detail: where the largest was, or why it was refused.
     """
 
@@ -128,7 +133,7 @@ def markdown(found: Mapping[str, Equivalence]) -> str:
     every = [(model, row) for model, each in found.items() for row in each.rows]
     out: list[str] = []
     for backend in (backend for backend in OTHERS if backend in {row.backend for _, row in every}):
-        mine = [(model, row) for model, row in every if row.backend == backend and row.name in KINDS]
+        mine = [(model, row) for model, row in every if row.backend == backend and row.what in (*_SITES, "model")]
         out += [f"On `{backend}`:", "", *_grid("site", list(found), mine, "what"), ""]
     for what, title in (("analyzer", "Analyzers, on both:"), ("counts", "What they count and choose, on both:")):
         if mine := [(model, row) for model, row in every if row.what == what]:
@@ -139,9 +144,11 @@ def markdown(found: Mapping[str, Equivalence]) -> str:
 def _grid(head: str, models: Sequence[str], rows: Sequence[tuple[str, Agreement]], refused: str) -> list[str]:
     """Name by model; `refused` is the field that says what of a cell a backend refuses."""
     lines = [f"| {head} | {' | '.join(models)} |", "|---|" + "---|" * len(models)]
-    names = dict.fromkeys(row.name for _, row in rows)
+    names = dict.fromkeys(row.name for _, row in rows if row.what != "model")
+    without = {model for model, row in rows if row.what == "model"}
     for name in sorted(names, key=list(KINDS).index) if head == "site" else names:
-        cells = [_cell([row for of, row in rows if (of, row.name) == (model, name)], refused) for model in models]
+        there = {model: [row for of, row in rows if (of, row.name) == (model, name)] for model in models}
+        cells = ["refused" if model in without else _cell(there[model], refused) for model in models]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return lines
 
@@ -152,7 +159,7 @@ def _cell(rows: Sequence[Agreement], refused: str) -> str:
     said = [f"refused: {lacking}"] if lacking else []
     if done:
         worst = max(done, key=lambda row: row.relative)
-        text = f"{worst.relative:.1e} ({worst.absolute:.1e})"
+        text = f"{worst.relative:.1e} ({max(row.absolute for row in done):.1e})"
         said.insert(0, f"**{text}**" if worst.verdict == "differs" else text)
     return "; ".join(said) or "–"
 
@@ -224,11 +231,17 @@ def _kinds(model: Model) -> dict[str, list[Site]]:
 def _row(other: Model, what: str, name: str, gaps: Iterable[Gap], tolerance: float | None = None) -> Agreement:
     """The largest of the gaps, as they are measured; an error while that is done is as large as can be."""
     try:
-        worst = max(gaps, key=lambda each: each.relative, default=Gap(0.0, 0.0, ""))
-    except MechinterpError as error:
-        worst = Gap(math.inf, math.inf, str(error))
+        every = list(gaps)
+    except Exception as error:  # whatever a library raises, the table goes on
+        every = [_failed(error)]
+    worst = max(every, key=lambda each: each.relative, default=Gap(0.0, 0.0, ""))
+    absolute = max((each.absolute for each in every), default=0.0)
     least = TOLERANCES[other.dtype] if tolerance is None else tolerance
-    return Agreement(_who(other), what, name, worst.absolute, worst.relative, least, worst.where)
+    return Agreement(_who(other), what, name, absolute, worst.relative, least, worst.where)
+
+
+def _failed(error: Exception) -> Gap:
+    return Gap(math.inf, math.inf, f"{type(error).__name__}: {error}")
 
 
 def _lacks(who: str, dtype: torch.dtype, what: str, name: str, reason: str) -> Agreement:
@@ -239,13 +252,22 @@ def _who(model: Model) -> str:
     return NATIVE if model.backend is None else model.backend.name
 
 
-def _at(other: Model, use: Use, kind: str, sites: Sequence[Site], gaps: Iterable[Gap]) -> Agreement:
-    """One line of a kind of site: what is refused at one of them, by name, or the largest gap."""
+def _at(
+    other: Model, use: Use, kind: str, sites: Sequence[Site], gaps: Callable[[Model, Sequence[Site]], Iterable[Gap]]
+) -> Iterator[Agreement]:
+    """What a backend refuses of a kind of site, by name; and the largest gap of the others."""
     assert other.backend is not None
-    for site in sites:
-        if (reason := other.backend.lacks(site, use)) is not None:
-            return _lacks(_who(other), other.dtype, use, kind, reason)
-    return _row(other, use, kind, gaps)
+    refused = {site: reason for site in sites if (reason := other.backend.lacks(site, use)) is not None}
+    for site in list(refused)[:1]:
+        yield _lacks(_who(other), other.dtype, use, kind, f"{site}: {refused[site]}")
+    if able := [site for site in sites if site not in refused]:
+        yield _row(other, use, kind, gaps(other, able))
+
+
+def _batches(native: Model) -> dict[str, TokenBatch]:
+    """Three prompts, by the side that they are padded on."""
+    tokens = native.tokenize(_examples(native))
+    return {side: tokens.batch(range(3), native.device, side) for side in ("right", "left")}
 
 
 def _names(batch: TokenBatch, what: str) -> list[str]:
@@ -254,32 +276,30 @@ def _names(batch: TokenBatch, what: str) -> list[str]:
     return [f"{what}, token {token} of prompt {prompt}" for prompt, length in lengths for token in range(length)]
 
 
-def _sizes(values: Float[Tensor, "row value"], dtype: torch.dtype, least: float = 0.0) -> Float[Tensor, " row"]:
-    """What the rows are held against: each its largest value, or `least` of the largest of all.
-
-    In half precision the largest of all, as a row alone has too few digits.
+def _sizes(values: Float[Tensor, "row value"], dtype: torch.dtype) -> Float[Tensor, " row"]:
+    """What rows are held against: each its largest value; in half precision, where small ones have too few digits,
+    the middle one of all at least.
     """
     each = sizes(values)
-    return each.clamp(min=(least if dtype in FULL else 1.0) * float(each.max()))
+    return each if dtype in FULL else each.clamp(min=float(each.median()))
 
 
 def _reads(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
-    """Token by token, padded on either side."""
-    tokens = native.tokenize(_examples(native))
-    batches = {side: tokens.batch(range(3), native.device, side) for side in ("right", "left")}
+    """Token by token."""
+    batches = _batches(native)
 
-    def gaps(other: Model, reads: Sequence[Read], expected: Mapping[str, Mapping[Read, Tensor]]) -> Iterator[Gap]:
+    def gaps(expected: Mapping[str, Mapping[Read, Tensor]], other: Model, sites: Sequence[Site]) -> Iterator[Gap]:
         for side, batch in batches.items():
-            found = forward(other, batch, reads).values
-            for read in reads:
-                a, b = (rows(values[read], read.site, batch) for values in (found, expected[side]))
-                yield gap(a, b, _names(batch, f"{read.site} padded on the {side}"), _sizes(b, other.dtype))
+            found = forward(other, batch, [Read(site) for site in sites]).values
+            for site in sites:
+                a, b = (rows(values[Read(site)], site, batch) for values in (found, expected[side]))
+                yield gap(a, b, _names(batch, f"{site} padded on the {side}"), _sizes(b, other.dtype))
 
     for kind, sites in _kinds(native).items():
         reads = [Read(site) for site in sites]
         expected = {side: forward(native, batch, reads).values for side, batch in batches.items()}
         for other in others:
-            yield _at(other, "read", kind, sites, gaps(other, reads, expected))
+            yield from _at(other, "read", kind, sites, partial(gaps, expected))
 
 
 def _edit(site: Site) -> Apply:
@@ -291,41 +311,49 @@ def _edit(site: Site) -> Apply:
 
 def _writes(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
     """At the first, a middle and the last layer, each in a pass of its own: what it changes of the last logits."""
-    batch = native.tokenize(_examples(native)).batch(range(3), native.device)
-    plain = forward(native, batch, [LAST]).values[LAST].double()
+    batches = _batches(native)
+    plain = {side: forward(native, batch, [LAST]).values[LAST].double() for side, batch in batches.items()}
 
-    def logits(model: Model, site: Site) -> Tensor:
-        return forward(model, batch, [LAST], writes=[_edit(site)]).values[LAST].double()
+    def logits(model: Model, site: Site) -> dict[str, Tensor]:
+        edit = [_edit(site)]
+        return {side: forward(model, batch, [LAST], writes=edit).values[LAST] for side, batch in batches.items()}
 
-    def gaps(other: Model, expected: Mapping[Site, Tensor]) -> Iterator[Gap]:
-        for site, value in expected.items():
-            prompts = [f"{site}, prompt {i}" for i in range(3)]
-            changed = value - plain if other.dtype in FULL else value
-            yield gap(logits(other, site), value, prompts, _sizes(changed, other.dtype))
+    def gaps(expected: Mapping[Site, dict[str, Tensor]], other: Model, sites: Sequence[Site]) -> Iterator[Gap]:
+        for site in sites:
+            for side, found in logits(other, site).items():
+                value = expected[site][side]
+                changed = value - plain[side] if other.dtype in FULL else value
+                prompts = [f"{site} padded on the {side}, prompt {i}" for i in range(3)]
+                yield gap(found, value, prompts, _sizes(changed, other.dtype))
 
     for kind, sites in _kinds(native).items():
-        some = dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]])
+        some = list(dict.fromkeys([sites[0], sites[len(sites) // 2], sites[-1]]))
         expected = {site: logits(native, site) for site in some}
         for other in others:
-            yield _at(other, "write", kind, list(some), gaps(other, expected))
+            yield from _at(other, "write", kind, some, partial(gaps, expected))
 
 
 def _gradients(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
     """Of the logit difference, token by token."""
-    batch = native.tokenize(_examples(native)).batch(range(3), native.device)
+    batches = _batches(native)
 
-    def gaps(other: Model, expected: Mapping[Read, Tensor]) -> Iterator[Gap]:
-        found = backward(other, batch, [read.site for read in expected], logit_diff())[0]
-        for read, value in expected.items():
-            a, b = (rows(grad, read.site, batch) for grad in (found[read], value))
-            yield gap(a, b, _names(batch, str(read.site)), _sizes(b, other.dtype, _LEAST))
+    def gaps(expected: Mapping[str, Mapping[Read, Tensor]], other: Model, sites: Sequence[Site]) -> Iterator[Gap]:
+        for side, batch in batches.items():
+            found = backward(other, batch, sites, logit_diff())[0]
+            for site in sites:
+                a, b = (rows(values[Read(site)], site, batch) for values in (found, expected[side]))
+                against = sizes(b)
+                against = against.clamp(min=float(against.max()) * (_LEAST if other.dtype in FULL else 1.0))
+                if site.kind in _QUERIES:
+                    against[(batch.lengths.cumsum(0) - batch.lengths).cpu()] = against.max()
+                yield gap(a, b, _names(batch, f"{site} padded on the {side}"), against)
 
     for kind, sites in _kinds(native).items():
         if kind in ("head_out", "logits"):  # whose gradients are another's, and the metric's own
             continue
-        expected = backward(native, batch, sites, logit_diff())[0]
+        expected = {side: backward(native, batch, sites, logit_diff())[0] for side, batch in batches.items()}
         for other in others:
-            yield _at(other, "gradient", kind, sites, gaps(other, expected))
+            yield from _at(other, "gradient", kind, sites, partial(gaps, expected))
 
 
 def _analyzers(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
@@ -333,16 +361,19 @@ def _analyzers(native: Model, others: Sequence[Model]) -> Iterator[Agreement]:
     for name, analyzer, examples in suite(native):
         try:
             expected = _quietly(native, analyzer, examples)
-        except MechinterpError as error:
+        except SiteError as error:
             yield _lacks(NATIVE, native.dtype, "analyzer", name, str(error))
+            continue
+        except MechinterpError as error:
+            yield _row(native, "analyzer", name, [_failed(error)])
             continue
         for other in others:
             try:
                 found = _quietly(other, analyzer, examples)
             except SiteError as error:  # by name, before the passes: the native engine has these sites
                 yield _lacks(_who(other), other.dtype, "analyzer", name, str(error))
-            except MechinterpError as error:
-                yield _row(other, "analyzer", name, [Gap(math.inf, math.inf, str(error))])
+            except Exception as error:  # whatever a library raises, the table goes on
+                yield _row(other, "analyzer", name, [_failed(error)])
             else:
                 yield _row(other, "analyzer", name, numbers(found, expected))
                 if some := list(counts(found, expected, TOLERANCES[native.dtype])):

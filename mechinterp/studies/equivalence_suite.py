@@ -1,4 +1,4 @@
-"""What `equivalence` compares: every site written in one way, and analyzers of each kind on examples of their own."""
+"""What `equivalence` compares beside sites: analyzers of each kind, on examples of their own."""
 
 from collections.abc import Sequence
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,6 +22,10 @@ _COUNTED = ("p", "q", "density", "rank")
 """Last words of the names of numbers that are counts of draws, of tokens, or of numbers that are larger."""
 
 
+_MIXED = ("measure", "statistic")
+"""Axes whose entries are different quantities."""
+
+
 class Gap(NamedTuple):
     """A difference: the largest, the largest relative to what it is held against, and where that was."""
 
@@ -30,7 +35,7 @@ class Gap(NamedTuple):
 
 
 def gap(
-    found: Float[Tensor, "row value"],
+    found: Tensor,
     expected: Float[Tensor, "row value"],
     where: list[str],
     against: Tensor | None = None,
@@ -41,6 +46,9 @@ def gap(
         where: what each row is.
         against: sizes, one a row; the largest expected value of each by default.
     """
+    if found.shape != expected.shape:
+        shapes = f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
+        return Gap(math.inf, math.inf, f"{where[0] if where else ''}: shape {shapes}")
     if not expected.numel():
         return Gap(0.0, 0.0, "")
     gaps = _differences(found, expected)
@@ -71,55 +79,79 @@ def rows(value: Tensor, site: Site, batch: TokenBatch) -> Float[Tensor, "token v
 
 
 def numbers(found: Result, expected: Result) -> Iterator[Gap]:
-    """Of every variable that is a measurement; and names, shapes and coordinates, which must be the same.
+    """Of every variable that is a measurement; and names, axes, shapes and coordinates, which must be the same.
 
-    Each is held against its largest value; an end of an interval against the larger of both; what is left of a sum
-    against the sum of sizes.
+    Each is held against its largest value, of each ``measure`` and ``statistic`` apart; an end of an interval against
+    the larger of both; what is left of a sum against the sum of sizes.
     """
     ours, theirs = expected.data, found.data
     for name in {*map(str, ours.variables)} ^ {*map(str, theirs.variables)}:
-        yield Gap(math.inf, math.inf, f"{name} is missing" if name in ours else f"{name} is new")
+        yield Gap(math.inf, math.inf, f"{name} is missing" if name in ours.variables else f"{name} is new")
     for name in map(str, ours.variables):
         if name not in theirs.variables:
             continue
-        a, b = np.asarray(theirs[name].values), np.asarray(ours[name].values)
-        if a.shape != b.shape:
-            yield Gap(math.inf, math.inf, f"{name} has another shape")
-        elif b.dtype.kind != "f" and name in ours.coords:
-            if _others(a, b).any():
+        a, b = theirs[name], ours[name]
+        if (a.dims, a.shape) != (b.dims, b.shape):
+            yield Gap(math.inf, math.inf, f"{name} has axes {dict(a.sizes)} instead of {dict(b.sizes)}")
+        elif b.dtype.kind != "f":
+            if name in ours.coords and _others(a.values, b.values).any():
                 yield Gap(math.inf, math.inf, f"the coordinate {name} differs")
-        elif b.dtype.kind == "f" and not _counted(name):
-            against = torch.tensor([_scale(name, expected)])
-            yield gap(torch.tensor(a.reshape(1, -1)), torch.tensor(b.reshape(1, -1)), [name], against)
+        else:
+            for what, at in _pieces(b):
+                if name in ours.coords or not _counted(name, what):
+                    one, other = (torch.tensor(np.asarray(each[at].values).reshape(1, -1)) for each in (a, b))
+                    yield gap(
+                        one,
+                        other,
+                        [f"{name} {what}".rstrip()],
+                        torch.tensor([_scale(name, expected, at)], dtype=torch.float64),
+                    )
 
 
 def counts(found: Result, expected: Result, tolerance: float) -> Iterator[Gap]:
     """Of every variable that is a count or a choice, the share of entries that are others.
 
     They jump where two numbers are nearly equal. Of ranks, p, q and shares of tokens it is the largest jump, as a
-    share of the largest value, where that is more.
+    share of the largest value, where that is more; of means of ranks that alone.
 
     Args:
-        tolerance: relative; entries are others if they differ by more than this.
+        tolerance: entries are others if they differ by more than this, relative to the largest; a rank, to itself,
+            as the first ranks are what is looked at.
     """
     for name in map(str, expected.data.data_vars):
-        if name not in found.data.variables or found.data[name].shape != expected.data[name].shape:
+        if name not in found.data.variables or found.data[name].sizes != expected.data[name].sizes:
+            continue  # which `numbers` says
+        a, b = found.data[name], expected.data[name]
+        if b.dtype.kind != "f" and not _counted(name):
+            share = float(_others(a.values, b.values).mean()) if b.size else 0.0
+            yield Gap(share, share, name)
             continue
-        a, b = np.asarray(found.data[name].values), np.asarray(expected.data[name].values)
-        if _counted(name):
-            one, other = torch.tensor(a.reshape(-1, 1)), torch.tensor(b.reshape(-1, 1))
-            jumps, largest = _differences(one, other), _largest(b)
-            others = jumps > tolerance * largest
+        for what, at in _pieces(b):
+            if not _counted(name, what):
+                continue
+            one, other = (torch.tensor(np.asarray(each[at].values, dtype=float).reshape(-1, 1)) for each in (a, b))
+            jumps, largest = _differences(one, other), _largest(b[at].values)
+            whole = bool((other.isnan() | (other == other.round())).all())
+            others = jumps > tolerance * (other.abs()[:, 0].nan_to_num(0.0) + 1 if whole else largest)
             jump = float(jumps.max()) if others.any() else 0.0
             relative = jump / largest if largest else math.inf if jump else 0.0
-            yield Gap(jump, max(float(others.double().mean()) if b.size else 0.0, relative), name)
-        elif b.dtype.kind != "f":
-            share = float(_others(a, b).mean()) if b.size else 0.0
-            yield Gap(share, share, name)
+            share = float(others.double().mean()) if b.size and _counted(name) else 0.0
+            yield Gap(jump, max(share, relative), f"{name} {what}".rstrip())
 
 
-def _counted(name: str) -> bool:
-    return name.split("_")[-1] in _COUNTED
+def _pieces(values: xr.DataArray) -> Iterator[tuple[str, dict[str, int]]]:
+    """Names and indices of what is of one quantity: all of a variable, or each of the measures along its axis."""
+    axis = next((axis for axis in _MIXED if axis in values.dims), None)
+    if axis is None:
+        yield "", {}
+        return
+    names = values[axis].values if axis in values.coords else range(values.sizes[axis])
+    for i, name in enumerate(names):
+        yield str(name), {axis: i}
+
+
+def _counted(name: str, measure: str = "") -> bool:
+    return name.split("_")[-1] in _COUNTED or measure in _COUNTED
 
 
 def _others(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
@@ -128,15 +160,15 @@ def _others(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     return different & ~((a != a) & (b != b)) if b.dtype.kind == "O" else different
 
 
-def _scale(name: str, expected: Result) -> float:
+def _scale(name: str, expected: Result, at: dict[str, int]) -> float:
     data = expected.data
     if (of := _ERRORS.get(name)) is not None:
         sums = np.nansum(np.abs(data[of].transpose("example", ...).values).reshape(data.sizes["example"], -1), 1)
         return float(sums.max(initial=0.0))
     ends = [name, name.replace("ci_low", "ci_high"), name.replace("ci_high", "ci_low")]
-    return max(_largest(np.asarray(data[end].values)) for end in ends if end in data)
+    return max(_largest(data[end][at].values) for end in ends if end in data)
 
 
-def _largest(values: npt.NDArray[Any]) -> float:
-    sizes = np.abs(values.astype(float))
+def _largest(values: npt.ArrayLike) -> float:
+    sizes = np.abs(np.asarray(values, dtype=float))
     return float(sizes[np.isfinite(sizes)].max(initial=0.0))
