@@ -100,7 +100,7 @@ def test_the_printed_and_the_published_table() -> None:
     assert Equivalence("m", rows[1:], "Note").summary == "1 agree, 0 are refused by name, 0 differ. Note"
     page = study.markdown({"m": Equivalence("m", rows), "n": Equivalence("n", rows[1:])})
     assert page.splitlines()[-2:] == [
-        "| `q` | 0.0e+00 (0.0e+00) | 0.0e+00 (0.0e+00) |",
+        "| `q` | 0 | 0 |",
         "| `z` | **1.0e+00 (1.0e+00)** | – |",
     ]
     jumped = Agreement("nnsight", "counts", "Probe()", 1.0, 0.5, 0.02)
@@ -138,7 +138,7 @@ def test_a_classifiers_analyzers_agree_where_it_can_run() -> None:
     found = equivalence(model)
     assert [(row.backend, row.what) for row in found.rows if row.verdict == "lacks"] == [("transformer_lens", "model")]
     page = study.markdown({"classifier": found})
-    assert "On `nnsight`:" in page and page.count("| `Trajectory()` | ") == 2
+    assert "On `nnsight`:" in page and page.count("| `Trajectory()` | ") == 1
     more = Equivalence("m", (*found.rows, Agreement("transformer_lens", "read", "z", 0.0, 0.0, 1e-4)))
     assert "On `transformer_lens`:\n\n| site | classifier |\n|---|---|\n| `z` | refused |" in study.markdown(
         {"classifier": more}

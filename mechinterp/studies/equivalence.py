@@ -125,7 +125,8 @@ def markdown(found: Mapping[str, Equivalence]) -> str:
     """What was found on several models, for a page: the largest difference, relative (and absolute).
 
     For each backend a table of sites, the worst of reading, writing and differentiating; then one of analyzers, and
-    one of what they count, the worst of all backends. What differs is in bold; a dash is what the model has not.
+    one of what they count, where any is another, the worst of all backends. What differs is in bold; a dash is what
+    the model has not.
 
     Args:
         found: by the name that stands above a column.
@@ -135,8 +136,11 @@ def markdown(found: Mapping[str, Equivalence]) -> str:
     for backend in (backend for backend in OTHERS if backend in {row.backend for _, row in every}):
         mine = [(model, row) for model, row in every if row.backend == backend and row.what in (*_SITES, "model")]
         out += [f"On `{backend}`:", "", *_grid("site", list(found), mine, "what"), ""]
-    for what, title in (("analyzer", "Analyzers, on both:"), ("counts", "What they count and choose, on both:")):
-        if mine := [(model, row) for model, row in every if row.what == what]:
+    others = {row.name for _, row in every if row.what == "counts" and row.relative}
+    measured = [(model, row) for model, row in every if row.what == "analyzer"]
+    counted = [(model, row) for model, row in every if row.what == "counts" and row.name in others]
+    for title, mine in (("Analyzers, on both:", measured), ("What they count and choose, on both:", counted)):
+        if mine:
             out += [title, "", *_grid("analyzer", list(found), mine, "backend"), ""]
     return "\n".join(out).rstrip()
 
@@ -159,7 +163,8 @@ def _cell(rows: Sequence[Agreement], refused: str) -> str:
     said = [f"refused: {lacking}"] if lacking else []
     if done:
         worst = max(done, key=lambda row: row.relative)
-        text = f"{worst.relative:.1e} ({max(row.absolute for row in done):.1e})"
+        absolute = max(row.absolute for row in done)
+        text = f"{worst.relative:.1e} ({absolute:.1e})" if absolute else "0"
         said.insert(0, f"**{text}**" if worst.verdict == "differs" else text)
     return "; ".join(said) or "–"
 
