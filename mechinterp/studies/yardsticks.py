@@ -20,8 +20,6 @@ _ERRORS = {"completeness_error": "attribution", "additivity_error": "attribution
 """Values that are 0 but for rounding and quadrature, and what they are the errors of a sum of."""
 _COUNTED = ("p", "q", "density", "rank")
 """Last words of the names of numbers that are counts of draws, of tokens, or of numbers that are larger."""
-
-
 _MIXED = ("measure", "statistic")
 """Axes whose entries are different quantities."""
 
@@ -34,12 +32,7 @@ class Gap(NamedTuple):
     where: str
 
 
-def gap(
-    found: Tensor,
-    expected: Float[Tensor, "row value"],
-    where: list[str],
-    against: Tensor | None = None,
-) -> Gap:
+def gap(found: Tensor, expected: Float[Tensor, "row value"], where: list[str], against: Tensor | None = None) -> Gap:
     """The largest difference, relative to a size for each row; a NaN on one side alone is as large as can be.
 
     Args:
@@ -100,12 +93,8 @@ def numbers(found: Result, expected: Result) -> Iterator[Gap]:
             for what, at in _pieces(b):
                 if name in ours.coords or not _counted(name, what):
                     one, other = (torch.tensor(np.asarray(each[at].values).reshape(1, -1)) for each in (a, b))
-                    yield gap(
-                        one,
-                        other,
-                        [f"{name} {what}".rstrip()],
-                        torch.tensor([_scale(name, expected, at)], dtype=torch.float64),
-                    )
+                    against = torch.tensor([_scale(name, expected, at)], dtype=torch.float64)
+                    yield gap(one, other, [f"{name} {what}".rstrip()], against)
 
 
 def counts(found: Result, expected: Result, tolerance: float) -> Iterator[Gap]:
