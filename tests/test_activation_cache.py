@@ -125,6 +125,26 @@ def test_every_name_of_a_hook_is_of_the_site_that_it_names(family: str) -> None:
         mi.Trace.from_activation_cache(cache, torch.tensor(IDS) + 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_write_at_a_hooks_name_is_a_write_at_the_site(family: str) -> None:
+    """For each second name of a place; the middle of a layer is said to be otherwise in docs/backends.md."""
+    native = tiny(family)
+    backend = native.with_backend("transformer_lens").backend
+    assert isinstance(backend, BridgeBackend)
+    ids = torch.tensor(IDS)
+    plain = backend.bridge(ids)
+    tried = 0
+    for name in backend.bridge.hook_dict:
+        with contextlib.suppress(SiteError):
+            site = Site.parse(name)
+            if site.layer in (None, 1) and site.kind not in ("resid_mid", "scores", "head_out", "router"):
+                theirs = backend.bridge.run_with_hooks(ids, fwd_hooks=[(name, lambda value, hook: 0.5 * value)])
+                mine = native.trace(IDS, "logits", interventions=mi.Scale(site, 0.5))["logits"]
+                close(mine, theirs)
+                tried += site.kind not in ("resid_pre", "resid_post") and (mine - plain).abs().max() > 1e-3
+    assert tried > 20
+
+
 def test_without_its_batch_axis(llama: mi.Model) -> None:
     cache = llama.trace(IDS[0], "resid_post").to_activation_cache().remove_batch_dim()
     assert mi.Trace.from_activation_cache(cache, torch.tensor(IDS[0]))["resid_post.1"].shape == (1, 7, 32)
