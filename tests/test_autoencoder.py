@@ -246,7 +246,7 @@ def test_new_files(tmp_path: Path) -> None:
         ({"d_sae": 13}, r"says d_sae 13 and holds W_enc of shape \(32, 12\)"),
         ({"metadata": {}}, "names no hook_name; give site="),
         ({"metadata": {"hook_name": "blocks.3.ln2.hook_normalized"}}, "it is the norm before its weight"),
-        ({"metadata": {"hook_name": "blocks.3.hook_mlp_outt"}}, "hook 'blocks.3.hook_mlp_outt'. There is no site"),
+        ({"metadata": {"hook_name": "blocks.3.hook_mlp_outt"}}, "hook 'blocks.3.hook_mlp_outt'. No site stands"),
         ({"metadata": {"hook_name": "blocks.1.attn.hook_pattern"}}, "a site that has one for each token"),
         (
             {"apply_b_dec_to_input": True, "metadata": NEW["metadata"] | {"hook_name_out": "logits"}},
