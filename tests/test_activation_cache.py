@@ -1,6 +1,7 @@
 """A trace as a TransformerLens ActivationCache, against what TransformerLens itself caches and computes."""
 
 import contextlib
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_there_and_back(bridged: mi.Model) -> None:
         close(theirs[site], expected[site])
 
 
+def sites_by_name(names: Iterable[str]) -> dict[str, Site]:
+    """Hooks that a site stands for."""
+    known: dict[str, Site] = {}
+    for name in names:
+        with contextlib.suppress(SiteError):
+            known[name] = Site.parse(name)
+    return known
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_every_name_of_a_hook_is_of_the_site_that_it_names(family: str) -> None:
     """Of all hooks of a bridge, by value. Those without a site are scales, and inputs of one branch of several."""
@@ -99,10 +109,7 @@ def test_every_name_of_a_hook_is_of_the_site_that_it_names(family: str) -> None:
     assert isinstance(backend, BridgeBackend)
     with torch.no_grad():
         _, cache = backend.bridge.run_with_cache(torch.tensor(IDS))
-    known: dict[str, Site] = {}
-    for name in cache.keys():  # noqa: SIM118 -- it is no dictionary
-        with contextlib.suppress(SiteError):
-            known[name] = Site.parse(name)
+    known = sites_by_name(cache.keys())
     trace = native.trace(IDS, [*dict.fromkeys(known.values())])
     for name, site in known.items():
         close(ours(site, cache[name], len(IDS)), trace[site])
@@ -134,14 +141,12 @@ def test_a_write_at_a_hooks_name_is_a_write_at_the_site(family: str) -> None:
     ids = torch.tensor(IDS)
     plain = backend.bridge(ids)
     tried = 0
-    for name in backend.bridge.hook_dict:
-        with contextlib.suppress(SiteError):
-            site = Site.parse(name)
-            if site.layer in (None, 1) and site.kind not in ("resid_mid", "scores", "head_out", "router"):
-                theirs = backend.bridge.run_with_hooks(ids, fwd_hooks=[(name, lambda value, hook: 0.5 * value)])
-                mine = native.trace(IDS, "logits", interventions=mi.Scale(site, 0.5))["logits"]
-                close(mine, theirs)
-                tried += site.kind not in ("resid_pre", "resid_post") and (mine - plain).abs().max() > 1e-3
+    for name, site in sites_by_name(backend.bridge.hook_dict).items():
+        if site.layer in (None, 1) and site.kind not in ("resid_mid", "scores", "head_out"):
+            theirs = backend.bridge.run_with_hooks(ids, fwd_hooks=[(name, lambda value, hook: 0.5 * value)])
+            mine = native.trace(IDS, "logits", interventions=mi.Scale(site, 0.5))["logits"]
+            close(mine, theirs)
+            tried += site.kind not in ("resid_pre", "resid_post") and bool((mine - plain).abs().max() > 1e-3)
     assert tried > 20
 
 

@@ -22,7 +22,7 @@ from mechinterp.errors import HookError, ModelError
 from mechinterp.sites import Site
 from mechinterp.studies import equivalence as study
 from mechinterp.studies.equivalence import Agreement, Equivalence, equivalence
-from mechinterp.studies.yardsticks import _scale, counts, gap, numbers, rows
+from mechinterp.studies.yardsticks import _scale, counts, gap, numbers, rows, sizes
 from mechinterp.testing import tiny
 
 
@@ -67,17 +67,19 @@ def test_a_backend_that_is_wrong_is_found_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_gaps() -> None:
-    """Each row is held against its own largest value, unless a size is given."""
+    """Each row is held against its own size."""
     rows = torch.tensor([[1.0, float("-inf"), float("nan"), -4.0], [1e6, 0.0, 0.0, 0.0]])
-    assert gap(rows.clone(), rows, ["a", "b"]) == (0.0, 0.0, "a")
+    assert sizes(rows).tolist() == [4.0, 1e6]
+    assert gap(rows.clone(), rows, ["a", "b"], sizes(rows)) == (0.0, 0.0, "a")
     other = rows + torch.tensor([[2.0, 0.0, 0.0, 0.0], [10.0, 0.0, 0.0, 0.0]])
-    assert gap(other, rows, ["a", "b"]) == (10.0, 0.5, "a")
+    assert gap(other, rows, ["a", "b"], sizes(rows)) == (10.0, 0.5, "a")
     assert gap(other, rows, ["a", "b"], torch.tensor([4e6, 10.0])) == (10.0, 1.0, "b")
+    one = torch.ones(1)
     for odd in (float("nan"), 0.0):
-        assert math.isinf(gap(torch.tensor([[1.0, odd]]), torch.tensor([[1.0, float("-inf")]]), [""]).relative)
-    assert math.isinf(gap(torch.tensor([[1e-9]]), torch.tensor([[0.0]]), [""]).relative)
-    assert gap(torch.zeros(0, 4), torch.zeros(0, 4), []) == (0.0, 0.0, "")
-    narrow = gap(torch.ones(2, 1), torch.ones(2, 4), ["a", "b"])
+        assert math.isinf(gap(torch.tensor([[1.0, odd]]), torch.tensor([[1.0, float("-inf")]]), [""], one).relative)
+    assert math.isinf(gap(torch.tensor([[1e-9]]), torch.tensor([[0.0]]), [""], torch.zeros(1)).relative)
+    assert gap(torch.zeros(0, 4), torch.zeros(0, 4), [], torch.zeros(0)) == (0.0, 0.0, "")
+    narrow = gap(torch.ones(2, 1), torch.ones(2, 4), ["a", "b"], torch.ones(2))
     assert math.isinf(narrow.relative) and narrow.where == "a: shape (2, 1) instead of (2, 4)"
 
 

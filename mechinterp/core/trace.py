@@ -204,7 +204,8 @@ class Trace:
             tokens: ids that were run, ``batch pos``; a TransformerBridge's cache has them already.
             mask: True at real tokens; by default all are.
         Raises:
-            NeedsError: it holds no site, or no token ids and none were given, or of another shape.
+            NeedsError: it holds no site, or no token ids and none were given, or of another shape, or others than it
+                holds.
             ModelError: it is of a bridge that has changed its weights, as its compatibility mode does.
         """
         from mechinterp.engine.backends.cache import from_activation_cache

@@ -139,7 +139,7 @@ def suite(model: Model) -> list[tuple[str, Analyzer, Examples]]:
         Ablation("mlp_out", heads=None, layers=some),
     ]
     return [
-        (named(analyzer), analyzer, examples)
+        (_named(analyzer), analyzer, examples)
         for analyzers, examples in (([*forwards, *gradients, *swept], labelled), (paired, pairs))
         for analyzer in analyzers
     ]
@@ -162,6 +162,7 @@ def _told_apart(model: Model, clean: Sequence[list[int]], corrupted: Sequence[li
     return [(int(change.argmax()), int(change.argmin())) for change in one - other]
 
 
-def named(analyzer: Analyzer) -> str:
+def _named(analyzer: Analyzer) -> str:
+    """Its class, and what it was asked for."""
     given = [getattr(analyzer, name) for name in ("method", "site", "senders") if hasattr(analyzer, name)]
     return f"{type(analyzer).__name__}({', '.join(getattr(one, 'kind', str(one)) for one in given)})"

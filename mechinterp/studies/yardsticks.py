@@ -32,12 +32,12 @@ class Gap(NamedTuple):
     where: str
 
 
-def gap(found: Tensor, expected: Float[Tensor, "row value"], where: list[str], against: Tensor | None = None) -> Gap:
+def gap(found: Tensor, expected: Float[Tensor, "row value"], where: list[str], against: Float[Tensor, " row"]) -> Gap:
     """The largest difference, relative to a size for each row; a NaN on one side alone is as large as can be.
 
     Args:
         where: what each row is.
-        against: sizes, one a row; the largest expected value of each by default.
+        against: what each row is held against.
     """
     if found.shape != expected.shape:
         shapes = f"{tuple(found.shape)} instead of {tuple(expected.shape)}"
@@ -45,8 +45,7 @@ def gap(found: Tensor, expected: Float[Tensor, "row value"], where: list[str], a
     if not expected.numel():
         return Gap(0.0, 0.0, "")
     gaps = _differences(found, expected)
-    ratios = gaps / (sizes(expected) if against is None else against.double().cpu())
-    ratios = ratios.masked_fill(gaps == 0, 0.0)
+    ratios = (gaps / against.double().cpu()).masked_fill(gaps == 0, 0.0)
     worst = int(ratios.argmax())
     return Gap(float(gaps.max()), float(ratios[worst]), where[worst])
 
